@@ -1,0 +1,37 @@
+"""Trace StepModel and PrefillModel to ExportedPrograms, and check what came out."""
+
+from __future__ import annotations
+
+import torch
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
+
+from liger_deploy.model.step import PrefillModel
+
+
+def trace_prefill(model: PreTrainedModel, chunk: int, batch: int) -> ExportedProgram:
+    """The prefill graph with 1 .. chunk tokens (dynamic) and a dynamic batch, or a fixed one if `batch` is not 0.
+
+    It serves decoding too, with one token.
+    """
+    prefill = PrefillModel(model).eval()
+    rows, tokens = batch or 3, min(chunk, 7)
+    arguments = (torch.zeros(rows, tokens, dtype=torch.long), torch.full((rows,), tokens), *prefill.zeros(rows))
+    row_dim = Dim.STATIC if batch else Dim("batch", min=1, max=1 << 16)
+    token_dim = Dim("tokens", min=1, max=chunk) if chunk > 1 else Dim.STATIC
+    state = tuple({0: row_dim} for _ in prefill.spec.tensors)
+    shapes = {"tokens_BT": {0: row_dim, 1: token_dim}, "valid_B": {0: row_dim}, "state": state}
+    with torch.no_grad():
+        program = torch.export.export(prefill, arguments, dynamic_shapes=shapes, strict=False)
+    check_program(program, 2 + len(state), 1 + len(state))
+    return program
+
+
+def check_program(program: ExportedProgram, inputs: int, outputs: int) -> None:
+    """The traced function is pure: plain inputs and outputs of the expected number, nothing mutated."""
+    signature = program.graph_signature
+    found = (len(signature.user_inputs), len(signature.user_outputs))
+    if found != (inputs, outputs):
+        raise AssertionError(f"the traced graph has {found} inputs and outputs, expected {(inputs, outputs)}")
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise AssertionError("the traced graph mutates its inputs or buffers")

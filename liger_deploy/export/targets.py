@@ -1,0 +1,91 @@
+"""The table of targets: a target is a row here and one module beside this file."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from liger_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from liger_deploy.bundle import GraphInfo
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Quant = Literal["none", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may choose about an export.
+
+    Attributes:
+        dtype: of the weights and the windows; the recurrent state is float32 always.
+        quant: weight-only quantization of the matrices.
+        batch: rows the graph takes; 0 for any number.
+        device: where the bundle will run.
+        chunk: most tokens a prefill call takes; 0 takes the target's default.
+    """
+
+    dtype: Dtype = "float32"
+    quant: Quant = "none"
+    batch: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    chunk: int = 0
+
+
+Lower = Callable[["PreTrainedModel", Path, ExportOptions], "GraphInfo"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One runtime to export for.
+
+    Attributes:
+        module: module of this package with `lower(model, directory, options) -> GraphInfo`, imported when asked for.
+        packages: modules the lowering needs, beyond torch.
+        extra: the extra of liger-deploy that installs them.
+        dtypes, quants, devices: what the lowering supports; the rest is refused.
+        chunk: default of `ExportOptions.chunk`.
+    """
+
+    name: str
+    module: str
+    packages: tuple[str, ...]
+    extra: str
+    dtypes: tuple[str, ...]
+    quants: tuple[str, ...]
+    devices: tuple[str, ...]
+    chunk: int
+
+    def lower(self) -> Lower:
+        """The lowering function. Raises UserError when a package it needs is not installed."""
+        for package in self.packages:
+            try:
+                importlib.import_module(package)
+            except ImportError:
+                hint = f"pip install 'liger-deploy[{self.extra}]'"
+                raise UserError(f"target {self.name!r} needs {package}: {hint}") from None
+        lower: Lower = importlib.import_module(f"liger_deploy.export.{self.module}").lower
+        return lower
+
+    def check(self, options: ExportOptions) -> None:
+        """Raise UserError for options that this target does not support."""
+        allowed = {"dtype": self.dtypes, "quant": self.quants, "device": self.devices}
+        for name, values in allowed.items():
+            if (value := getattr(options, name)) not in values:
+                raise UserError(f"target {self.name!r} does not support --{name} {value}: choose {' or '.join(values)}")
+        if options.batch < 0 or not 0 <= options.chunk <= 1024:
+            raise UserError("--batch must be positive or 'dynamic', and --chunk between 1 and 1024")
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("onnx", "onnx", ("onnx", "onnxscript"), "onnx", ("float32",), ("none",), ("cpu",), chunk=256),
+    )
+}

@@ -1,0 +1,1 @@
+"""The model: gates, recurrences, the attention module, and the pure step and prefill functions."""

@@ -1,0 +1,80 @@
+"""Hugging Face checkpoint directories, read without loading them: what they are and whether they are whole."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from liger_deploy.errors import CheckpointError
+from liger_deploy.files import read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# What is known to hold for each family (rung 3 of the parity ladder proves it).
+SUPPORTED: dict[str, str] = {"llama": "LlamaForCausalLM"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint directory.
+
+    Raises:
+        CheckpointError: no such directory, or not a checkpoint.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory: --model takes a Hugging Face checkpoint directory")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+    return read_json(path / "config.json", CheckpointError)
+
+
+def check_supported(config: dict[str, Any], path: Path | None = None) -> None:
+    """Raise CheckpointError unless the architecture is one whose attention can be replaced."""
+    where = f"{path}: " if path else ""
+    kind, names = config.get("model_type"), config.get("architectures")
+    if kind not in SUPPORTED:
+        listed = ", ".join(sorted(SUPPORTED))
+        raise CheckpointError(f"{where}model type {kind!r} is not supported; supported are {listed}")
+    if names and names != [SUPPORTED[str(kind)]]:
+        raise CheckpointError(f"{where}{names} is not a causal language model: {SUPPORTED[str(kind)]} is needed")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each checked to be whole.
+
+    Raises:
+        CheckpointError: missing, truncated or listed but absent.
+    """
+    if (path / INDEX).is_file():
+        weights = read_json(path / INDEX, CheckpointError).get("weight_map")
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+            raise CheckpointError(f"{path / INDEX} has no weight_map of file names")
+        names = sorted(set(weights.values()))
+        if odd := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(f"{path / INDEX} names a file outside the checkpoint: {odd[0]}")
+        files = [path / name for name in names]
+    else:
+        files = [path / SINGLE]
+    for file in files:
+        _check_whole(file)
+    return files
+
+
+def _check_whole(file: Path) -> None:
+    """A safetensors file is as long as its header says."""
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > file.stat().st_size:
+                raise ValueError
+            header = json.loads(stream.read(size))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + size + max(ends, default=0)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: weights must be in safetensors files") from None
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file} is not a safetensors file, or is damaged: download it again") from None
+    if file.stat().st_size < expected:
+        raise CheckpointError(f"{file} is truncated: {file.stat().st_size} of {expected} bytes; download it again")

@@ -1,0 +1,149 @@
+"""Put LigerAttention into a Hugging Face model, and load and save the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from liger_deploy.config import LigerConfig
+from liger_deploy.errors import CheckpointError, ConfigError
+from liger_deploy.model import checkpoint
+from liger_deploy.model.attention import LigerAttention
+from liger_deploy.state import ModelShape, StateSpec
+
+CHUNK_LIMIT = 1024  # longest run of tokens after a state that the RoPE tables cover
+
+
+def _padding_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> torch.Tensor | None:
+    return attention_mask
+
+
+# LigerAttention wants the padding mask [B, T] itself, not a [B, 1, T, T] built from it.
+ALL_MASK_ATTENTION_FUNCTIONS.register("liger", _padding_mask)
+
+
+def linearize(model: PreTrainedModel, config: LigerConfig | None = None) -> PreTrainedModel:
+    """Replace every attention module of a Hugging Face causal language model, in place; returns the same model.
+
+    Parameter names and values stay. `config` defaults to Liger-GLA.
+
+    Raises:
+        CheckpointError: an architecture that is not supported, with the reason.
+        ConfigError: a configuration that does not fit the model, or a model already linearized.
+    """
+    config = config or LigerConfig()
+    checkpoint.check_supported(model.config.to_dict())
+    if is_linearized(model):
+        raise ConfigError("this model is already linearized: load the base checkpoint to choose another structure")
+    rope = _rope_table(model, max(2 * config.window, config.window + CHUNK_LIMIT))
+    for layer in model.model.layers:
+        layer.self_attn = LigerAttention(layer.self_attn, config, rope)
+    model.config._attn_implementation = "liger"
+    model.config.use_cache = False
+    model.config.liger = config.to_dict()
+    return model
+
+
+def is_linearized(model: PreTrainedModel) -> bool:
+    """Whether the model's attention modules are LigerAttention."""
+    return isinstance(model.model.layers[0].self_attn, LigerAttention)
+
+
+def liger_config(model: PreTrainedModel) -> LigerConfig:
+    """The configuration a model was linearized with."""
+    if not is_linearized(model):
+        raise ConfigError("this is a softmax-attention model: linearize it, or convert its checkpoint, first")
+    config: LigerConfig = model.model.layers[0].self_attn.liger
+    return config
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The sizes that the state depends on."""
+    config, attention = model.config, model.model.layers[0].self_attn
+    heads = config.num_attention_heads
+    return ModelShape(config.num_hidden_layers, heads, heads // attention.queries_per_key, attention.head_dim)
+
+
+def state_spec(model: PreTrainedModel) -> StateSpec:
+    """Layout of a linearized model's state."""
+    return StateSpec.of(liger_config(model), model_shape(model))
+
+
+def load_model(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a converted checkpoint directory. `dtype` None keeps the checkpoint's own.
+
+    Raises:
+        CheckpointError: not a checkpoint, truncated, of an unsupported architecture, or not converted.
+        ConfigError: unknown or bad `liger` keys.
+    """
+    path = Path(path)
+    values = checkpoint.read_config(path)
+    if "liger" not in values:
+        raise CheckpointError(
+            f"{path} is a softmax-attention checkpoint: run `liger-deploy convert --model {path} --out DIR` first"
+        )
+    config = LigerConfig.from_dict(values["liger"], f"{path / 'config.json'}: liger")
+    return linearize(load_base_model(path, dtype), config).eval()
+
+
+def load_base_model(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a checkpoint directory as the softmax-attention model that Hugging Face knows, every tensor checked."""
+    path = Path(path)
+    checkpoint.check_supported(checkpoint.read_config(path), path)
+    checkpoint.weight_files(path)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path} does not load: {str(error).splitlines()[0]}") from None
+    finally:
+        transformers_logging.set_verbosity(level)
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"{path} lacks {len(missing)} weights, the first is {missing[0]!r}")
+    return model  # type: ignore[no-any-return]
+
+
+def save_model(model: PreTrainedModel, out: Path) -> None:
+    """Write a model (linearized or not) as a Hugging Face checkpoint into an existing directory."""
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    try:
+        model.save_pretrained(out)
+    finally:
+        model.config.use_cache = use_cache
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A short hash of the configuration and a sample of every weight, equal for any floating dtype it is loaded in.
+
+    It ties a state to the model that wrote it; it is no checksum.
+    """
+    shape = model_shape(model)
+    digest = hashlib.sha256(json.dumps([model.config.model_type, repr(shape), liger_config(model).to_dict()]).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        step = max(1, flat.numel() // 61)
+        sample = flat[::step].to(torch.bfloat16).float().cpu().numpy()
+        digest.update(name.encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _rope_table(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, rotary dim] in float32 for positions 0 .. length-1, by the model's own rotary module."""
+    rotary: nn.Module = model.model.rotary_emb
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        cos, sin = rotary(torch.zeros(1, 1, device=device), torch.arange(length, device=device)[None])
+    return cos[0], sin[0]

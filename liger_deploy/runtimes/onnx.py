@@ -1,0 +1,92 @@
+"""OnnxSession: a bundle on ONNX Runtime. Needs onnxruntime and numpy, neither torch nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from liger_deploy.bundle import Bundle
+from liger_deploy.errors import BundleError
+from liger_deploy.runtimes.session import BaseSession, Logits
+from liger_deploy.state import Array
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One bound call; holding the buffers keeps them alive."""
+
+    binding: Any
+    tokens: Any
+    valid: Any
+    logits: Any
+
+
+class OnnxSession(BaseSession):
+    """State lives in two sets of ONNX Runtime buffers, bound as input and output in turn: a step copies none of it."""
+
+    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        super().__init__(bundle.manifest)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        try:
+            self._ort = ort.InferenceSession(str(bundle.file("model")), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises its own types, RuntimeError and others
+            raise BundleError(f"{bundle.path} does not load in onnxruntime {ort.__version__}: {_line(error)}") from None
+        self._check_names(bundle)
+        self._clear()
+
+    def _check_names(self, bundle: Bundle) -> None:
+        """The graph has exactly the manifest's inputs and outputs."""
+        state = self.manifest.graph.state
+        inputs, outputs = ({x.name for x in values} for values in (self._ort.get_inputs(), self._ort.get_outputs()))
+        if inputs != {"tokens", "valid", *(t.input for t in state)} or outputs != {"logits", *(t.output for t in state)}:
+            raise BundleError(f"{bundle.path}: the graph's inputs and outputs are not those of its manifest")
+
+    def _run(self, tokens_BT: Array, valid_B: Array) -> Logits:
+        step = tokens_BT.shape[1] == 1 and valid_B.all()
+        run = self._steps.get(self._turn) if step else None
+        if run is None:
+            run = self._bind(tokens_BT, valid_B)
+            if step:  # a step's binding and buffers are used again: later steps allocate nothing but what they return
+                self._steps[self._turn] = run
+        else:
+            run.tokens.update_inplace(tokens_BT)
+        self._ort.run_with_iobinding(run.binding)
+        self._turn = 1 - self._turn
+        return np.array(run.logits.numpy())
+
+    def _bind(self, tokens_BT: Array, valid_B: Array) -> _Run:
+        """Tokens in, logits out, the state from the current set of buffers into the other."""
+        logits = np.empty((len(tokens_BT), self.manifest.model.vocab_size), np.float32)
+        run = _Run(self._ort.io_binding(), *map(ort.OrtValue.ortvalue_from_numpy, (tokens_BT, valid_B, logits)))
+        run.binding.bind_ortvalue_input("tokens", run.tokens)
+        run.binding.bind_ortvalue_input("valid", run.valid)
+        run.binding.bind_ortvalue_output("logits", run.logits)
+        old_set, new_set = self._sets[self._turn], self._sets[1 - self._turn]
+        for tensor, old, new in zip(self.manifest.graph.state, old_set, new_set, strict=True):
+            run.binding.bind_ortvalue_input(tensor.input, old)
+            run.binding.bind_ortvalue_output(tensor.output, new)
+        return run
+
+    def _read(self) -> dict[str, Array]:
+        named = zip(self.spec.tensors, self._sets[self._turn], strict=True)
+        return {spec.name: np.array(value.numpy(), dtype=spec.dtype) for spec, value in named}
+
+    def _write(self, tensors: dict[str, Array], batch: int) -> None:
+        arrays = [np.ascontiguousarray(tensors[t.name], dtype=t.dtype) for t in self.manifest.graph.state]
+        self._clear()
+        self._sets = tuple([ort.OrtValue.ortvalue_from_numpy(a.copy()) for a in arrays] for _ in range(2))
+
+    def _clear(self) -> None:
+        self._sets: tuple[list[Any], ...] = ([], [])
+        self._steps: dict[int, _Run] = {}
+        self._turn = 0
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
