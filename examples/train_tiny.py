@@ -55,9 +55,7 @@ def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -75,7 +73,9 @@ def bits_per_byte(model: PreTrainedModel, stream: torch.Tensor, byte_count: int)
     with torch.no_grad():
         for x, y in zip(inputs.split(BATCH), targets.split(BATCH), strict=True):
             logits = model(x.to(device)).logits.float()
-            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.to(device).flatten(), reduction="sum").item()
+            nats += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), y.to(device).flatten(), reduction="sum"
+            ).item()
     return nats / math.log(2) / (byte_count * usable / len(stream))
 
 
@@ -110,7 +110,7 @@ def train(model: PreTrainedModel, stream: torch.Tensor, minutes: float, rate: fl
 
 
 def ngram_bits_per_byte(train_bytes: bytes, test_bytes: bytes, order: int = 5) -> float:
-    """Interpolated Witten-Bell byte n-gram: P_n(c|h) = (count(hc) + distinct(h) P_{n-1}(c)) / (count(h) + distinct(h))."""
+    """Interpolated Witten-Bell: P_n(c|h) = (count(hc) + distinct(h) P_{n-1}(c)) / (count(h) + distinct(h))."""
     data, test = (np.frombuffer(x, np.uint8).astype(np.uint64) for x in (train_bytes, test_bytes))
     probability = np.full(len(test), 1 / 256)
     for n in range(1, order + 1):

@@ -11,7 +11,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from liger_deploy.config import LigerConfig
 from liger_deploy.errors import BundleError, ConfigError
@@ -217,7 +217,7 @@ def _parse(kind: type[T], values: object, where: str) -> T:
 def _value(hint: Any, value: object, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _parse(hint, value, where)  # type: ignore[arg-type]
-    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin is list and isinstance(value, list):
         return [_value(arguments[0], item, where) for item in value]
     if origin is dict and isinstance(value, dict):

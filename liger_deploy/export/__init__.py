@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from liger_deploy.bundle import Bundle, GenerationDefaults, Manifest, write_manifest
 from liger_deploy.errors import UserError
-from liger_deploy.export.targets import TARGETS, ExportOptions
+from liger_deploy.export.targets import TARGETS
+from liger_deploy.export.targets import ExportOptions as ExportOptions
 from liger_deploy.files import read_json, staged_directory
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def _add_text(manifest: Manifest, source: Path, stage: Path) -> Manifest:
     """Copy the tokenizer, the chat template and the generation defaults of a checkpoint."""
     tokenizer = template = ""
     if (source / TOKENIZER).is_file():
-        tokenizer = shutil.copy(source / TOKENIZER, stage / TOKENIZER).name
+        shutil.copy(source / TOKENIZER, stage / TOKENIZER)
+        tokenizer = TOKENIZER
     text = _chat_template(source)
     if tokenizer and text:
         (stage / CHAT_TEMPLATE).write_text(text, encoding="utf-8")

@@ -56,10 +56,10 @@ def _linear_attention(
 def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> GraphInfo:
     """Write `model.onnx` (and its weights) into `directory`. Options are those the target's row allows."""
     state = describe(model, "onnx").graph.state
-    with _fused_recurrence(model):
+    with _quiet(), _fused_recurrence(model):
         program = trace_prefill(model, options.chunk, options.batch)
-    program = program.run_decompositions({linear_attention._opoverload: _linear_attention})
     with _quiet():
+        program = program.run_decompositions({linear_attention._opoverload: _linear_attention})
         exported = torch.onnx.export(
             program,
             input_names=["tokens", "valid", *(t.input for t in state)],

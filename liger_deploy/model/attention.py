@@ -67,6 +67,11 @@ class ModelState:
 class LigerAttention(nn.Module):
     """Eq. 9: recurrent_weight * recurrence + window_weight * window, around the base module's projections."""
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
     def __init__(self, base: nn.Module, config: LigerConfig, rope: window.Rope) -> None:
         super().__init__()
         self.layer_idx: int = base.layer_idx  # type: ignore[assignment]
@@ -152,8 +157,6 @@ class LigerAttention(nn.Module):
         batch, tokens, groups = k.shape[:3]
         zeros = torch.zeros(batch, groups, self.head_dim, self.head_dim, device=q.device)
         segment = torch.ones(batch, tokens, dtype=torch.long, device=q.device) if keep_BT is None else keep_BT.long()
-        near = window.attend_sequence(
-            q, k, v, segment, (self.rope_cos, self.rope_sin), self.scaling, self.liger.window
-        )
+        near = window.attend_sequence(q, k, v, segment, (self.rope_cos, self.rope_sin), self.scaling, self.liger.window)
         long, _ = self._recurrent(q, k, v, gate_key, keep_BT, (zeros,))
         return self._mix(long, near)

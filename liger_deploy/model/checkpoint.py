@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from liger_deploy.config import LigerConfig
 from liger_deploy.errors import CheckpointError
 from liger_deploy.files import read_json
 
@@ -39,6 +40,15 @@ def check_supported(config: dict[str, Any], path: Path | None = None) -> None:
         raise CheckpointError(f"{where}model type {kind!r} is not supported; supported are {listed}")
     if names and names != [SUPPORTED[str(kind)]]:
         raise CheckpointError(f"{where}{names} is not a causal language model: {SUPPORTED[str(kind)]} is needed")
+
+
+def check_fits(values: dict[str, Any], config: LigerConfig, path: Path) -> None:
+    """Raise unless the structure's sizes fit the model's."""
+    heads, keys = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if not isinstance(heads, int) or heads < 1:
+        raise CheckpointError(f"{path / 'config.json'}: num_attention_heads must be a positive integer, not {heads!r}")
+    if keys is not None and (not isinstance(keys, int) or keys < 1 or heads % keys):
+        raise CheckpointError(f"{path / 'config.json'}: {heads} query heads cannot share {keys!r} KV heads")
 
 
 def weight_files(path: Path) -> list[Path]:

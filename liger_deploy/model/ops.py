@@ -21,7 +21,5 @@ def linear_attention(
 
 
 @linear_attention.register_fake
-def _(
-    q_BTGRK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTGC: Tensor, state_BGKV: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(q_BTGRK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTGC: Tensor, state_BGKV: Tensor) -> tuple[Tensor, Tensor]:
     return q_BTGRK.new_empty(*q_BTGRK.shape[:-1], v_BTGV.shape[-1]), torch.empty_like(state_BGKV)

@@ -82,9 +82,12 @@ def _diagonal(q_BGNRSK: Tensor, k_BGNSK: Tensor, g_BGNSC: Tensor) -> Tensor:
 def _between(g_BGNSC: Tensor) -> Tensor:
     """D[i, j] = sum of g_l for j < l <= i (0 where j >= i), as one product with a constant 0/1 mask."""
     size = g_BGNSC.shape[-2]
-    i, j, step = (torch.arange(size, device=g_BGNSC.device).view(shape) for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)))
+    i, j, step = (
+        torch.arange(size, device=g_BGNSC.device).view(shape) for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
+    )
     mask_SSS = ((j < step) & (step <= i)).to(g_BGNSC.dtype)
-    return (mask_SSS.view(size * size, size) @ g_BGNSC).unflatten(-2, (size, size))
+    out: Tensor = (mask_SSS.view(size * size, size) @ g_BGNSC).unflatten(-2, (size, size))
+    return out
 
 
 def _exclusive_suffix(g_BGNSC: Tensor) -> Tensor:
@@ -112,7 +115,8 @@ def _blocks(x_BTG: Tensor, size: int) -> Tensor:
     pad = -x_BTG.shape[1] % size
     if pad:
         x_BTG = F.pad(x_BTG, (0, 0) * (x_BTG.dim() - 2) + (0, pad))
-    return x_BTG.unflatten(1, (-1, size)).permute(0, 3, 1, 2, *range(4, x_BTG.dim() + 1))
+    out: Tensor = x_BTG.unflatten(1, (-1, size)).permute(0, 3, 1, 2, *range(4, x_BTG.dim() + 1))
+    return out
 
 
 def _unblocks(out_BGNRCV: Tensor, length: int) -> Tensor:

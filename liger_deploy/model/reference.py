@@ -37,7 +37,7 @@ def window(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, keys: int, scale: float, fr
 
 
 def rotate(x_K: Tensor, position: int, frequencies: Tensor) -> Tensor:
-    """Rotary embedding of one vector, halves paired as Hugging Face's Llama does. frequencies [K/2], radians a token."""
+    """Rotary embedding of one vector, halves paired as Hugging Face's Llama does; frequencies [K/2] in radians."""
     angle = position * frequencies.double()
     a, b = x_K.chunk(2)
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])

@@ -16,9 +16,7 @@ from torch import Tensor
 Rope = tuple[Tensor, Tensor]  # cos, sin [>= S, rotary dim]; an empty table where a layer has no RoPE
 
 
-def attend(
-    q_BTGRK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, visible_BTS: Tensor, rope: Rope, scale: float
-) -> Tensor:
+def attend(q_BTGRK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, visible_BTS: Tensor, rope: Rope, scale: float) -> Tensor:
     """Softmax attention of the last T of S positions, [B,T,G,R,V]. `visible` broadcasts over the batch."""
     length, keys, queries = q_BTGRK.shape[1], k_BGSK.shape[2], q_BTGRK.shape[3]
     q_BGRTK = rotate(q_BTGRK.permute(0, 2, 3, 1, 4), rope, keys - length, keys)
@@ -27,7 +25,8 @@ def attend(
     hidden_BXS = ~visible_BTS.repeat(1, queries, 1)
     weights_BGXS = scores_BGXS.masked_fill(hidden_BXS[:, None], torch.finfo(torch.float32).min).softmax(-1)
     out_BGXV = weights_BGXS.to(v_BGSV.dtype) @ v_BGSV
-    return out_BGXV.unflatten(2, (queries, length)).permute(0, 3, 1, 2, 4)
+    out: Tensor = out_BGXV.unflatten(2, (queries, length)).permute(0, 3, 1, 2, 4)
+    return out
 
 
 def rotate(x_SK: Tensor, rope: Rope, start: int, stop: int) -> Tensor:
@@ -76,7 +75,8 @@ def attend_sequence(
     in_band = (t + block - window < s) & (s <= t + block)
     visible_nTS = in_band & (keys_nS[:, None] == _fold(segment_BT, block)[:, :, None]) & (keys_nS > 0)[:, None]
     out_nTGRV = attend(q_nTGRK, k_nGSK, v_nGSV, visible_nTS, rope, scale)
-    return out_nTGRV.unflatten(0, (batch, -1)).flatten(1, 2)[:, :length]
+    out: Tensor = out_nTGRV.unflatten(0, (batch, -1)).flatten(1, 2)[:, :length]
+    return out
 
 
 def _pad(x_BT: Tensor, before: int, after: int) -> Tensor:
@@ -85,7 +85,8 @@ def _pad(x_BT: Tensor, before: int, after: int) -> Tensor:
 
 def _fold(x_BT: Tensor, block: int) -> Tensor:
     """[B, T, ...] -> [B * blocks, block, ...], zero-padded at the end."""
-    return _pad(x_BT, 0, -x_BT.shape[1] % block).unflatten(1, (-1, block)).flatten(0, 1)
+    out: Tensor = _pad(x_BT, 0, -x_BT.shape[1] % block).unflatten(1, (-1, block)).flatten(0, 1)
+    return out
 
 
 def _with_previous(x_BT: Tensor, block: int) -> Tensor:

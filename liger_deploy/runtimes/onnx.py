@@ -29,6 +29,9 @@ class OnnxSession(BaseSession):
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         super().__init__(bundle.manifest)
+        self._sets: tuple[list[Any], ...] = ([], [])  # two sets of state buffers; `_turn` says which is current
+        self._steps: dict[int, _Run] = {}
+        self._turn = 0
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -38,13 +41,15 @@ class OnnxSession(BaseSession):
         except Exception as error:  # ONNX Runtime raises its own types, RuntimeError and others
             raise BundleError(f"{bundle.path} does not load in onnxruntime {ort.__version__}: {_line(error)}") from None
         self._check_names(bundle)
-        self._clear()
 
     def _check_names(self, bundle: Bundle) -> None:
         """The graph has exactly the manifest's inputs and outputs."""
         state = self.manifest.graph.state
         inputs, outputs = ({x.name for x in values} for values in (self._ort.get_inputs(), self._ort.get_outputs()))
-        if inputs != {"tokens", "valid", *(t.input for t in state)} or outputs != {"logits", *(t.output for t in state)}:
+        if inputs != {"tokens", "valid", *(t.input for t in state)} or outputs != {
+            "logits",
+            *(t.output for t in state),
+        }:
             raise BundleError(f"{bundle.path}: the graph's inputs and outputs are not those of its manifest")
 
     def _run(self, tokens_BT: Array, valid_B: Array) -> Logits:
@@ -83,9 +88,7 @@ class OnnxSession(BaseSession):
         self._sets = tuple([ort.OrtValue.ortvalue_from_numpy(a.copy()) for a in arrays] for _ in range(2))
 
     def _clear(self) -> None:
-        self._sets: tuple[list[Any], ...] = ([], [])
-        self._steps: dict[int, _Run] = {}
-        self._turn = 0
+        self._sets, self._steps, self._turn = ([], []), {}, 0
 
 
 def _line(error: Exception) -> str:

@@ -163,7 +163,7 @@ class BaseSession(ABC):
         array = np.asarray(tokens)
         if array.ndim == rank - 1:
             array = array[None]
-        if array.ndim != rank or array.dtype.kind not in "iu" and array.size:
+        if array.ndim != rank or (array.dtype.kind not in "iu" and array.size):
             raise TokenError(f"tokens must be integers of rank {rank}, not {array.dtype}{list(array.shape)}")
         if not array.size:
             raise TokenError("there are no tokens: the prompt is empty")
