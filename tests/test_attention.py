@@ -1,0 +1,177 @@
+"""Rungs 1 to 3 for the attention module and the whole model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import liger_deploy as ld
+from liger_deploy.errors import CheckpointError, ConfigError, SessionError
+from liger_deploy.model import reference, window
+from liger_deploy.model.step import PrefillModel, StepModel
+from tests.conftest import relative, small_llama
+from tests.tolerances import MODEL, OP, SAME_FUNCTION
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("keys", [1, 8, 64])
+def test_layer_is_the_papers_equations(kv_heads: int, keys: int) -> None:
+    model = ld.linearize(small_llama(kv_heads), ld.LigerConfig(window=keys))
+    layer = model.model.layers[0].self_attn
+    layer.o_proj = torch.nn.Identity()
+    x = torch.randn(1, 37, 64)
+    with torch.no_grad():
+        ours = layer(x)[0][0].unflatten(-1, (4, 16))
+        q, k, v = (p(x)[0].unflatten(-1, (-1, 16)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    frequencies = model.model.rotary_emb.inv_freq
+    for head in range(4):
+        shared = head // (4 // kv_heads)
+        heads = q[:, head], k[:, shared], v[:, shared]
+        expected = reference.attention(*heads, layer.liger, frequencies)
+        assert relative(ours[:, head], expected) < 3 * OP
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kv_heads": 4},
+        {"kv_heads": 1},
+        {"head_dim": 32},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True},
+        {"rope_parameters": LLAMA3_ROPE},
+    ],
+    ids=str,
+)
+def test_window_alone_is_the_untouched_model(changes: dict[str, object]) -> None:
+    model = small_llama(**changes)  # type: ignore[arg-type]
+    tokens = torch.randint(0, 97, (2, 150))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        liger = ld.linearize(model, ld.LigerConfig(window=150, recurrent_weight=0, window_weight=1))
+        assert relative(liger(tokens).logits, expected) < SAME_FUNCTION
+        state = (prefill := PrefillModel(liger)).zeros(2)
+        logits, *_ = prefill(tokens, torch.tensor([150, 90]), *state)
+    assert relative(logits[0], expected[0, 149]) < SAME_FUNCTION
+    assert relative(logits[1], expected[1, 89]) < SAME_FUNCTION
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("keys", [1, 7, 64])
+def test_sequence_is_steps_is_prefill_in_any_split(kv_heads: int, keys: int) -> None:
+    model = ld.linearize(small_llama(kv_heads), ld.LigerConfig(window=keys))
+    step, prefill = StepModel(model), PrefillModel(model)
+    tokens = torch.randint(0, 97, (2, 140))
+    with torch.no_grad():
+        whole = model(tokens).logits
+        state = step.zeros(2)
+        for t in range(140):
+            logits, *state = step(tokens[:, t], *state)
+            assert relative(logits, whole[:, t]) < MODEL
+        for cuts in ([140], [1, 139], [50, 47, 1, 42], [64, 64, 12]):
+            other, start = prefill.zeros(2), 0
+            for count in cuts:
+                part = tokens[:, start : (start := start + count)]
+                logits, *other = prefill(part, torch.tensor([count, count]), *other)
+            assert relative(logits, whole[:, -1]) < MODEL
+            assert all(relative(a.float(), b.float()) < MODEL for a, b in zip(other, state, strict=True))
+
+
+def test_ragged_rows_are_the_rows_alone() -> None:
+    model = ld.linearize(small_llama(), ld.LigerConfig(window=8))
+    prefill = PrefillModel(model)
+    tokens, valid = torch.randint(0, 97, (4, 30)), torch.tensor([30, 1, 0, 17])
+    with torch.no_grad():
+        first = [torch.randn_like(x) if x.is_floating_point() else x + 5 for x in prefill.zeros(4)]
+        logits, *state = prefill(tokens, valid, *first)
+        for row, count in enumerate(valid.tolist()):
+            before = [x[row : row + 1] for x in first]
+            if count == 0:
+                assert all(torch.equal(a[row : row + 1], b) for a, b in zip(state, before, strict=True))
+                continue
+            alone, *after = prefill(tokens[row : row + 1, :count], torch.tensor([count]), *before)
+            assert relative(logits[row : row + 1], alone) < MODEL
+            assert all(relative(a[row : row + 1], b) < MODEL for a, b in zip(state, after, strict=True))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side: str) -> None:
+    model = ld.linearize(small_llama(), ld.LigerConfig(window=8))
+    tokens = torch.randint(0, 97, (3, 40))
+    mask = torch.ones(3, 40, dtype=torch.long)
+    real = {0: slice(0, 40), 1: slice(0, 25), 2: slice(0, 3)}
+    if side == "left":
+        real = {row: slice(40 - part.stop, 40) for row, part in real.items()}
+    with torch.no_grad():
+        for row, part in real.items():
+            mask[row] = 0
+            mask[row, part] = 1
+        batch = model(tokens, attention_mask=mask).logits
+        for row, part in real.items():
+            alone = model(tokens[row : row + 1, part]).logits[0]
+            assert relative(batch[row, part], alone) < MODEL
+
+
+def test_a_far_token_is_as_exact_as_a_near_one() -> None:
+    """The window's scores do not depend on the position: ten million tokens in, they are the same to the bit."""
+    model = ld.linearize(small_llama(), ld.LigerConfig(window=8))
+    step = StepModel(model)
+    with torch.no_grad():
+        state = [torch.randn_like(x) if x.is_floating_point() else x + 8 for x in step.zeros(1)]
+        near = step(torch.tensor([3]), *state)
+        far = step(torch.tensor([3]), *state[:-1], state[-1] + 10_000_000)
+    assert torch.equal(near[0], far[0])
+    assert int(far[-1]) == 10_000_009
+
+
+def test_keep_last_takes_what_ends_at_the_last_valid_token() -> None:
+    kept = torch.arange(7.0).view(1, 1, 7, 1).expand(2, 1, 7, 1)  # window 4, three new tokens
+    assert window.keep_last(kept, None, 4)[0, 0, :, 0].tolist() == [3, 4, 5, 6]
+    assert window.keep_last(kept, torch.tensor([0, 2]), 4)[:, 0, :, 0].tolist() == [[0, 1, 2, 3], [2, 3, 4, 5]]
+
+
+def test_parameter_names_and_values_stay() -> None:
+    base = small_llama()
+    before = copy.deepcopy(base.state_dict())
+    after = ld.linearize(base).state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_gradients_reach_every_projection() -> None:
+    model = ld.linearize(small_llama())
+    model(torch.randint(0, 97, (2, 100))).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().sum()) > 0, name
+
+
+def test_a_foreign_cache_is_refused() -> None:
+    model = ld.linearize(small_llama())
+    with pytest.raises(SessionError, match="Session"):
+        model(torch.zeros(1, 3, dtype=torch.long), use_cache=True)
+
+
+def test_twice_linearized_is_refused() -> None:
+    model = ld.linearize(small_llama())
+    with pytest.raises(ConfigError, match="already"):
+        ld.linearize(model)
+
+
+def test_unsupported_architecture_is_named() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(CheckpointError, match="'gpt2' is not supported; supported are .*llama"):
+        ld.linearize(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
