@@ -37,7 +37,7 @@ class LigerConfig:
     gate_source: GateSource = "normed"
 
     def __post_init__(self) -> None:
-        if self.structure not in STRUCTURES:
+        if not isinstance(self.structure, str) or self.structure not in STRUCTURES:
             raise ConfigError(f"unknown structure {self.structure!r}: choose one of {', '.join(STRUCTURES)}")
         if self.gate_normalizer is None:
             object.__setattr__(self, "gate_normalizer", float(self.row.gate_normalizer))

@@ -173,5 +173,5 @@ def test_twice_linearized_is_refused() -> None:
 def test_unsupported_architecture_is_named() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with pytest.raises(CheckpointError, match="'gpt2' is not supported; supported are .*llama"):
+    with pytest.raises(CheckpointError, match=r"'gpt2' is not supported; supported are .*llama"):
         ld.linearize(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))

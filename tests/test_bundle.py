@@ -109,7 +109,7 @@ def mutate(data: st.DataObject, value: Any) -> Any:
     return data.draw(junk)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_damaged_manifests_are_refused_or_valid(values: dict[str, Any], data: st.DataObject) -> None:
     damaged = mutate(data, copy.deepcopy(values))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
+from liger_deploy.model.attention import LigerAttention
+from liger_deploy.model.ops import linear_attention
 from liger_deploy.model.step import PrefillModel
 
 
 def trace_prefill(model: PreTrainedModel, chunk: int, batch: int) -> ExportedProgram:
     """The prefill graph with 1 .. chunk tokens (dynamic) and a dynamic batch, or a fixed one if `batch` is not 0.
 
-    It serves decoding too, with one token.
+    It serves decoding too, with one token. Each recurrence is one `liger::linear_attention` node, which runs in PyTorch
+    and which a target lowers as it likes.
     """
     prefill = PrefillModel(model).eval()
     rows, tokens = batch or 3, min(chunk, 7)
@@ -21,7 +27,7 @@ def trace_prefill(model: PreTrainedModel, chunk: int, batch: int) -> ExportedPro
     token_dim = Dim("tokens", min=1, max=chunk) if chunk > 1 else Dim.STATIC
     state = tuple({0: row_dim} for _ in prefill.spec.tensors)
     shapes = {"tokens_BT": {0: row_dim, 1: token_dim}, "valid_B": {0: row_dim}, "state": state}
-    with torch.no_grad():
+    with torch.no_grad(), _recurrence_as_one_node(model):
         program = torch.export.export(prefill, arguments, dynamic_shapes=shapes, strict=False)
     check_program(program, 2 + len(state), 1 + len(state))
     return program
@@ -35,3 +41,16 @@ def check_program(program: ExportedProgram, inputs: int, outputs: int) -> None:
         raise AssertionError(f"the traced graph has {found} inputs and outputs, expected {(inputs, outputs)}")
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise AssertionError("the traced graph mutates its inputs or buffers")
+
+
+@contextlib.contextmanager
+def _recurrence_as_one_node(model: PreTrainedModel) -> Iterator[None]:
+    layers = [module for module in model.modules() if isinstance(module, LigerAttention)]
+    plain = [layer.recurrence for layer in layers]
+    for layer in layers:
+        layer.recurrence = linear_attention
+    try:
+        yield
+    finally:
+        for layer, recurrence in zip(layers, plain, strict=True):
+            layer.recurrence = recurrence

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from liger_deploy.bundle import GraphInfo, GraphTensor
 from liger_deploy.export.graph import trace_prefill
 from liger_deploy.export.targets import ExportOptions
-from liger_deploy.model.attention import LigerAttention
 from liger_deploy.model.describe import describe
 from liger_deploy.model.ops import linear_attention
 
@@ -56,7 +55,7 @@ def _linear_attention(
 def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> GraphInfo:
     """Write `model.onnx` (and its weights) into `directory`. Options are those the target's row allows."""
     state = describe(model, "onnx").graph.state
-    with _quiet(), _fused_recurrence(model):
+    with _quiet():
         program = trace_prefill(model, options.chunk, options.batch)
     with _quiet():
         program = program.run_decompositions({linear_attention._opoverload: _linear_attention})
@@ -89,20 +88,6 @@ def check_graph(path: Path, state: list[GraphTensor]) -> None:
 
 def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-@contextlib.contextmanager
-def _fused_recurrence(model: PreTrainedModel) -> Iterator[None]:
-    """Trace with the recurrence as one node."""
-    layers = [module for module in model.modules() if isinstance(module, LigerAttention)]
-    plain = [layer.recurrence for layer in layers]
-    for layer in layers:
-        layer.recurrence = linear_attention
-    try:
-        yield
-    finally:
-        for layer, recurrence in zip(layers, plain, strict=True):
-            layer.recurrence = recurrence
 
 
 @contextlib.contextmanager

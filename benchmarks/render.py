@@ -1,0 +1,88 @@
+"""Write the README's tables from the JSON that the benchmarks wrote; `--check` fails if a table was edited by hand.
+
+python -m benchmarks.render [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT
+
+TINY = ROOT / "liger_deploy" / "assets" / "tiny" / "report.json"
+
+
+def tiny() -> str:
+    """Bits per byte of the embedded model."""
+    r = json.loads(TINY.read_text())
+    rows = {
+        "gzip -9": r["gzip_bpb"],
+        "byte 5-gram, interpolated": r["byte_5gram_bpb"],
+        "softmax base model": r["base_bpb"],
+        "converted to Liger-GLA": r["converted_bpb"],
+        "tuned": r["liger_bpb"],
+    }
+    lines = [f"| {name} | {value:.3f} |" for name, value in rows.items()]
+    source = f"`examples/train_tiny.py`, {r['corpus']}, {r['device']}: `liger_deploy/assets/tiny/report.json`"
+    return "\n".join(["| embedded model, held-out files | bits per byte |", "|---|---|", *lines, "", source])
+
+
+def _result(name: str) -> tuple[dict[str, Any], str]:
+    r = json.loads((RESULTS / f"{name}.json").read_text())
+    source = f"`{r['command']}`, {r['date']}, {r['machine']['cpu']}, {r['machine']['cores']} cores"
+    return r["figures"], f"{source}: `benchmarks/results/{name}.json`"
+
+
+def drift() -> str:
+    """Rung 7."""
+    f, source = _result("drift")
+    rows = {
+        "median step, last 10,000 over first 10,000": f"{f['last_over_first']:.2f}",
+        "growth of resident memory": f"{f['resident_growth_bytes'] / 1e6:.2f} MB",
+        "worst logits error against float64, first 1,000": f"{f['worst_relative_error_first_1000']:.1e}",
+        "worst logits error against float64, last 1,000": f"{f['worst_relative_error_last_1000']:.1e}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join([f"| {f['steps']:,} steps on ONNX Runtime | |", "|---|---|", *lines, "", source])
+
+
+def memory_1b() -> str:
+    """Llama-3.2-1B's shape."""
+    f, source = _result("memory_1b")
+    lines = [
+        f"| {name} | {f[name]['peak_resident_gb']:.2f} GB | {f[name]['seconds']:.0f} s |"
+        for name in ("convert", "export", "run")
+    ]
+    head = f"| Llama-3.2-1B shape, checkpoint of {f['checkpoint_gb']:.2f} GB | peak memory | time |"
+    note = f"The float32 bundle is {f['bundle_gb']:.2f} GB; weights are random. {source}"
+    return "\n".join([head, "|---|---|---|", *lines, "", note])
+
+
+TABLES: dict[str, Callable[[], str]] = {"tiny": tiny, "drift": drift, "memory_1b": memory_1b}
+
+
+def render(text: str) -> str:
+    """Every `<!-- table: NAME -->` block filled."""
+    pattern = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- /table -->", re.DOTALL)
+    return pattern.sub(lambda m: f"<!-- table: {m[1]} -->\n{TABLES[m[1]]()}\n<!-- /table -->", text)
+
+
+def main() -> int:
+    """0 when the README is (now) what the JSON says."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        if render(text) != text:
+            print("README.md does not match benchmarks/results: run python -m benchmarks.render", file=sys.stderr)
+            return 1
+        return 0
+    readme.write_text(render(text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What the README says holds: its tables are the JSON's, its commands exist, its Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks.render import render
+from liger_deploy.__main__ import VERBS, main
+from liger_deploy.export import EMBEDDED
+from tests.conftest import TINY_BASE
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_tables_are_what_the_benchmarks_wrote() -> None:
+    assert render(README) == README
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", "\n".join(blocks("sh")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_own_checkpoint_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (commands,) = [block for block in blocks("sh") if "liger-deploy" in block]
+    for line in commands.splitlines():
+        name, verb, *arguments = shlex.split(line)
+        assert name == "liger-deploy"
+        assert verb in VERBS
+        limit = ["--max-new-tokens", "5"] if verb == "generate" else []
+        limit = ["--tokens", "5"] if verb == "verify" else limit
+        assert main([verb, *(a.replace("path/to/llama", str(TINY_BASE)) for a in arguments), *limit]) == 0
+    assert (tmp_path / "chat.safetensors").is_file()
+
+
+def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    exec(compile(code.replace('"llama-liger"', repr(str(EMBEDDED))), "README.md", "exec"), {})
+    assert (tmp_path / "chat.safetensors").is_file()
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_embedded_model_is_small() -> None:
+    assert sum(p.stat().st_size for p in EMBEDDED.parent.rglob("*") if p.is_file()) < 8_000_000
