@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=kind, choices=choices, help=f"LigerConfig.{field.name} ({field.default})")
 
 
-FLAG_TYPES: dict[str, Any] = {"structure": str, "window": int, "gate_source": str}
+FLAG_TYPES: dict[str, Any] = {"structure": str, "window": int, "slots": int, "gate_source": str, "feature_map": str}
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ scalar gate, M slots).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -45,6 +46,43 @@ def _sigmoid(p: Tensor, config: LigerConfig) -> Tensor:
     return log_sigmoid(p) / config.gate_normalizer
 
 
+def _bounded_sigmoid(p: Tensor, config: LigerConfig) -> Tensor:
+    """alpha = (gamma + (1 - gamma) sigma(p))^(1/N); the lower bound gamma keeps the logarithm finite."""
+    gamma = config.lower_bound
+    if gamma == 0:
+        return _sigmoid(p, config)
+    return (gamma + (1 - gamma) * log_sigmoid(p).exp()).log() / config.gate_normalizer
+
+
+def _double_exponential(p: Tensor, config: LigerConfig) -> Tensor:
+    """alpha = exp(-exp(p)); p is clamped at 3, where exp(-exp(3)) = 2e-9 has forgotten everything already."""
+    return -p.clamp(max=3).exp() / config.gate_normalizer
+
+
+def _softplus(p: Tensor, config: LigerConfig) -> Tensor:
+    """alpha = exp(-softplus(p)) = sigma(-p)."""
+    return log_sigmoid(-p) / config.gate_normalizer
+
+
+def _none(p: Tensor, config: LigerConfig) -> Tensor:
+    return p * 0
+
+
+def _fixed(p: Tensor, config: LigerConfig) -> Tensor:
+    """RetNet's constants (arXiv 2307.08621, section 3): alpha_h = 1 - 2^(-5-h) for head h, whatever the token."""
+    constants = [[math.log1p(-(2.0 ** -(5 + head)))] for head in range(p.shape[-2])]
+    return p * 0 + p.new_tensor(constants)
+
+
 STRUCTURES: dict[str, Structure] = {
     "gla": Structure("key", _sigmoid, gate_normalizer=16, source="Table 1; the 1/16 is the reference code's"),
+    "hgrn2": Structure("key", _bounded_sigmoid, key_from_gate=True, source="Table 1; reference code: lower bound 0"),
+    "gsa": Structure("slot", _sigmoid, gate_normalizer=16, feature_map="identity", source="Table 1; reference code"),
+    "rwkv6": Structure("key", _double_exponential, source="Table 1"),
+    "mamba2": Structure("scalar", _softplus, source="Table 1"),
+    "mlstm": Structure("scalar", _sigmoid, source="Table 1"),
+    "gated_retention": Structure("scalar", _sigmoid, source="Table 1; the same function as mlstm"),
+    "linear": Structure("scalar", _none, source="control: Eq. 7 without a gate"),
+    "fixed_decay": Structure("scalar", _fixed, source="control: RetNet's constants"),
+    "window": Structure("none", _none, source="control: the window branch alone"),
 }

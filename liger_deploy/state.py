@@ -4,11 +4,13 @@ A state is a set of named arrays, batch first, float32 (`length`: int64), whatev
 float32 holds every float16 and bfloat16 exactly, so a state moves between runtimes without negotiation.
 
     layers.{i}.recurrent   [B, G, K, V]   the recurrence, one per KV head (query heads of a group share it)
+    layers.{i}.slots_k     [B, G, K, M]   gsa instead: slots of keys, and
+    layers.{i}.slots_v     [B, G, M, V]   slots of values
     layers.{i}.window_k    [B, G, W, K]   last W keys before RoPE, oldest first, zeros until filled
     layers.{i}.window_v    [B, G, W, V]   last W values, oldest first
     length                 [B]            tokens seen by each row
 
-B batch, G KV heads, K key dim, V value dim (= K here), W window.
+B batch, G KV heads, K key dim, V value dim (= K here), M slots, W window. The structure `window` has no recurrence.
 """
 
 from __future__ import annotations
@@ -90,7 +92,11 @@ class StateSpec:
 
 def _layer(layer: int, config: LigerConfig, shape: ModelShape) -> Iterator[TensorSpec]:
     heads, dim = shape.kv_heads, shape.head_dim
-    yield TensorSpec(f"layers.{layer}.recurrent", (heads, dim, dim))
+    if config.row.width == "slot":
+        yield TensorSpec(f"layers.{layer}.slots_k", (heads, dim, config.slots))
+        yield TensorSpec(f"layers.{layer}.slots_v", (heads, config.slots, dim))
+    elif config.row.width != "none":
+        yield TensorSpec(f"layers.{layer}.recurrent", (heads, dim, dim))
     yield TensorSpec(f"layers.{layer}.window_k", (heads, config.window, dim))
     yield TensorSpec(f"layers.{layer}.window_v", (heads, config.window, dim))
 

@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from liger_deploy.model.attention import LigerAttention
 from liger_deploy.model.ops import linear_attention
+from liger_deploy.model.recurrence import slot_scores
 from liger_deploy.model.step import PrefillModel
 
 
@@ -46,11 +48,16 @@ def check_program(program: ExportedProgram, inputs: int, outputs: int) -> None:
 @contextlib.contextmanager
 def _recurrence_as_one_node(model: PreTrainedModel) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, LigerAttention)]
-    plain = [layer.recurrence for layer in layers]
+    plain = [(layer.recurrence, layer.slot_scores) for layer in layers]
     for layer in layers:
-        layer.recurrence = linear_attention
+        layer.recurrence, layer.slot_scores = linear_attention, _slot_scores
     try:
         yield
     finally:
-        for layer, recurrence in zip(layers, plain, strict=True):
-            layer.recurrence = recurrence
+        for layer, forms in zip(layers, plain, strict=True):
+            layer.recurrence, layer.slot_scores = forms
+
+
+def _slot_scores(q: Tensor, k: Tensor, s: Tensor, g: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """All T tokens as one block: the only form that a graph with a dynamic T can hold."""
+    return slot_scores(q, k, s, g, keys, chunk=q.shape[1])

@@ -22,9 +22,11 @@ from liger_deploy.bundle import GraphInfo, GraphTensor
 from liger_deploy.export.graph import trace_prefill
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.describe import describe
+from liger_deploy.model.linearize import liger_config
 from liger_deploy.model.ops import linear_attention
 
 OPSET = 21
+SLOT_CHUNK = 64  # gated slot attention takes [chunk, chunk, slots] memory a head
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 EXTERNAL_ABOVE = 1 << 20  # bytes of weights from which they go to a file of their own
 
@@ -55,8 +57,9 @@ def _linear_attention(
 def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> GraphInfo:
     """Write `model.onnx` (and its weights) into `directory`. Options are those the target's row allows."""
     state = describe(model, "onnx").graph.state
+    chunk = min(options.chunk, SLOT_CHUNK) if liger_config(model).slots else options.chunk
     with _quiet():
-        program = trace_prefill(model, options.chunk, options.batch)
+        program = trace_prefill(model, chunk, options.batch)
     with _quiet():
         program = program.run_decompositions({linear_attention._opoverload: _linear_attention})
         exported = torch.onnx.export(
@@ -72,7 +75,7 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     files = {"model": MODEL}
     if (directory / WEIGHTS).exists():
         files["weights"] = WEIGHTS
-    return GraphInfo(files, options.chunk, options.batch, state)
+    return GraphInfo(files, chunk, options.batch, state)
 
 
 def check_graph(path: Path, state: list[GraphTensor]) -> None:

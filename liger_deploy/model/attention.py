@@ -70,7 +70,10 @@ class LigerAttention(nn.Module):
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
+    qkv_proj: nn.Module
     o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def __init__(self, base: nn.Module, config: LigerConfig, rope: window.Rope) -> None:
         super().__init__()
@@ -85,7 +88,9 @@ class LigerAttention(nn.Module):
         self.register_buffer("rope_sin", rope[1], persistent=False)
         for name, child in base.named_children():
             self.add_module(name, child)
+        self.norms = _norms(base, self.head_dim)
         self.recurrence: Recurrence = recurrence.gated_chunked
+        self.slot_scores: Recurrence = recurrence.slot_scores
 
     def forward(
         self,
@@ -110,31 +115,75 @@ class LigerAttention(nn.Module):
         return self.o_proj(out.flatten(2).to(hidden_states.dtype)), None
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,V] and the key that feeds the gate [B,T,G,K], before RoPE."""
-        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        """q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,V] and the key that feeds the gate [B,T,G,K], before RoPE.
+
+        Query and key norms act where the base model has them: on whole projections (OLMo 2) or on heads (Qwen 3).
+        """
         heads = (-1, self.head_dim)
-        q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
-        return q.unflatten(2, (-1, self.queries_per_key)), k, v, k
+        q, raw, v = self._projections(x_BTD)
+        if self.norms == "projection":
+            q, raw = self.q_norm(q), self.k_norm(raw)
+        q, raw, v = q.unflatten(-1, heads), raw.unflatten(-1, heads), v.unflatten(-1, heads)
+        k = raw
+        if self.norms == "head":
+            q, k = self.q_norm(q), self.k_norm(raw)
+        return q.unflatten(2, (-1, self.queries_per_key)), k, v, raw if self.liger.gate_source == "raw" else k
+
+    def _projections(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if hasattr(self, "qkv_proj"):  # one matrix (Phi 3): R query heads for each key and value head
+            groups = self.queries_per_key
+            fused: Tensor = self.qkv_proj(x_BTD)
+            unit = fused.shape[-1] // (groups + 2)
+            q, k, v = fused.split([groups * unit, unit, unit], -1)
+            return q, k, v
+        return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
 
     def _gate(self, gate_key_BTGK: Tensor) -> Tensor:
         """log alpha, [B,T,G,C]: Pooling over the key's channels (Eq. 6), then the structure's row of Table 1."""
-        return self.liger.row.log_decay(gate_key_BTGK.float(), self.liger)
+        p, width = gate_key_BTGK.float(), self.liger.row.width
+        if width == "scalar":
+            p = p.mean(-1, keepdim=True)
+        elif width == "slot":
+            p = p.unflatten(-1, (self.liger.slots, -1)).mean(-1)
+        return self.liger.row.log_decay(p, self.liger)
+
+    def _feature_map(self, x: Tensor) -> Tensor:
+        return x.float().softmax(-1) if self.liger.feature_map == "softmax" else x.float()
 
     def _recurrent(
         self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, keep_BT: Tensor | None, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Eq. 7 over T tokens. A token where `keep` is False decays nothing and writes nothing."""
-        q, k, v, g = q.float().softmax(-1), k.float().softmax(-1), v.float(), self._gate(gate_key)
-        if keep_BT is not None:
-            keep = keep_BT[:, :, None, None].to(k.dtype)
-            k, g = k * keep, g * keep
-        if keep_BT is None and q.shape[1] == 1:
+        """Eq. 7 (or gated slot attention) over T tokens. Where `keep` is False nothing decays and nothing is written."""
+        g = self._gate(gate_key)
+        keep = 1 if keep_BT is None else keep_BT[:, :, None, None].to(g.dtype)
+        g, step = g * keep, keep_BT is None and q.shape[1] == 1
+        q, v = self._feature_map(q), v.float()
+        if self.liger.row.width == "slot":
+            if step:
+                out, *slots = recurrence.slot_step(q[:, 0], k[:, 0].float(), v[:, 0], g[:, 0], *state)
+                return out[:, None], tuple(slots)
+            write = (1 - g.exp()) * keep
+            scores, keys = self.slot_scores(q, k.float(), write, g, state[0])
+            out, values = self.recurrence(scores.softmax(-1), write, v, g, state[1])
+            return out, (keys, values)
+        k = (1 - g.exp() if self.liger.row.key_from_gate else self._feature_map(k)) * keep
+        if step:
             out, new = recurrence.gated_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], state[0])
             return out[:, None], (new,)
         out, new = self.recurrence(q, k, v, g, state[0])
         return out, (new,)
 
-    def _mix(self, long: Tensor, near: Tensor) -> Tensor:
+    def _long(
+        self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, keep_BT: Tensor | None, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The recurrent branch, or None where the structure has none."""
+        if self.liger.row.width == "none":
+            return None, ()
+        return self._recurrent(q, k, v, gate_key, keep_BT, state)
+
+    def _mix(self, long: Tensor | None, near: Tensor) -> Tensor:
+        if long is None:
+            return self.liger.window_weight * near
         return self.liger.recurrent_weight * long + self.liger.window_weight * near.to(long.dtype)
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, state: ModelState) -> Tensor:
@@ -147,16 +196,26 @@ class LigerAttention(nn.Module):
         values = torch.cat([layer.window_v, v.transpose(1, 2)], 2)
         visible = window.visible_after_state(state.length, tokens, width)
         near = window.attend(q, keys, values, visible, (self.rope_cos, self.rope_sin), self.scaling)
-        long, recurrent = self._recurrent(q, k, v, gate_key, keep, layer.recurrent)
+        long, recurrent = self._long(q, k, v, gate_key, keep, layer.recurrent)
         kept = (window.keep_last(x, state.valid, width) for x in (keys, values))
         state.layers[self.layer_idx] = LayerState(recurrent, *kept)
         return self._mix(long, near)
 
     def _sequence(self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, keep_BT: Tensor | None) -> Tensor:
         """A whole sequence from the empty state: [B,T,G,R,V]."""
-        batch, tokens, groups = k.shape[:3]
-        zeros = torch.zeros(batch, groups, self.head_dim, self.head_dim, device=q.device)
+        batch, tokens, groups, dim = k.shape
+        slots = self.liger.slots
+        shapes = [(dim, slots), (slots, dim)] if slots else [(dim, dim)]
+        zeros = tuple(torch.zeros(batch, groups, *shape, device=q.device, dtype=torch.float32) for shape in shapes)
         segment = torch.ones(batch, tokens, dtype=torch.long, device=q.device) if keep_BT is None else keep_BT.long()
         near = window.attend_sequence(q, k, v, segment, (self.rope_cos, self.rope_sin), self.scaling, self.liger.window)
-        long, _ = self._recurrent(q, k, v, gate_key, keep_BT, (zeros,))
+        long, _ = self._long(q, k, v, gate_key, keep_BT, zeros)
         return self._mix(long, near)
+
+
+def _norms(base: nn.Module, head_dim: int) -> str:
+    """Where the base module normalizes queries and keys: "", "head" or "projection"."""
+    if not hasattr(base, "q_norm"):
+        return ""
+    width: int = base.q_norm.weight.numel()  # type: ignore[operator,union-attr]
+    return "head" if width == head_dim else "projection"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_deploy.config import LigerConfig
+from liger_deploy.config import check_fits as check_head_dim
 from liger_deploy.errors import CheckpointError
 from liger_deploy.files import read_json
 
@@ -15,7 +16,18 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 # What is known to hold for each family (rung 3 of the parity ladder proves it).
-SUPPORTED: dict[str, str] = {"llama": "LlamaForCausalLM"}
+SUPPORTED: dict[str, str] = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -49,6 +61,8 @@ def check_fits(values: dict[str, Any], config: LigerConfig, path: Path) -> None:
         raise CheckpointError(f"{path / 'config.json'}: num_attention_heads must be a positive integer, not {heads!r}")
     if keys is not None and (not isinstance(keys, int) or keys < 1 or heads % keys):
         raise CheckpointError(f"{path / 'config.json'}: {heads} query heads cannot share {keys!r} KV heads")
+    head_dim = values.get("head_dim") or values.get("hidden_size", 0) // heads
+    check_head_dim(config, head_dim)
 
 
 def weight_files(path: Path) -> list[Path]:

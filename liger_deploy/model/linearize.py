@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from liger_deploy.config import LigerConfig
+from liger_deploy.config import LigerConfig, check_fits
 from liger_deploy.errors import CheckpointError, ConfigError
 from liger_deploy.model import checkpoint
 from liger_deploy.model.attention import LigerAttention
@@ -44,9 +45,10 @@ def linearize(model: PreTrainedModel, config: LigerConfig | None = None) -> PreT
     checkpoint.check_supported(model.config.to_dict())
     if is_linearized(model):
         raise ConfigError("this model is already linearized: load the base checkpoint to choose another structure")
-    rope = _rope_table(model, max(2 * config.window, config.window + CHUNK_LIMIT))
+    check_fits(config, model.model.layers[0].self_attn.head_dim)
+    length = max(2 * config.window, config.window + CHUNK_LIMIT)
     for layer in model.model.layers:
-        layer.self_attn = LigerAttention(layer.self_attn, config, rope)
+        layer.self_attn = LigerAttention(layer.self_attn, config, _rope_table(model, layer.self_attn, length))
     model.config._attn_implementation = "liger"
     model.config.use_cache = False
     model.config.liger = config.to_dict()
@@ -140,10 +142,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _rope_table(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [length, rotary dim] in float32 for positions 0 .. length-1, by the model's own rotary module."""
+def _rope_table(model: PreTrainedModel, attention: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, rotary dim] in float32 for positions 0 .. length-1, by the model's own rotary module.
+
+    The rotary dim is 0 in a layer without RoPE (SmolLM 3). Some models turn each layer type differently (Gemma 3).
+    """
     rotary: nn.Module = model.model.rotary_emb
     device = next(model.parameters()).device
+    options = {"layer_type": attention.layer_type} if "layer_type" in signature(rotary.forward).parameters else {}
     with torch.no_grad():
-        cos, sin = rotary(torch.zeros(1, 1, device=device), torch.arange(length, device=device)[None])
-    return cos[0], sin[0]
+        cos, sin = rotary(torch.zeros(1, 1, device=device), torch.arange(length, device=device)[None], **options)
+    width = cos.shape[-1] if getattr(attention, "use_rope", True) else 0
+    return cos[0, :, :width], sin[0, :, :width]

@@ -106,6 +106,36 @@ def _scan(decay_BGNC1: Tensor, writes_BGNKV: Tensor, state_BGKV: Tensor) -> tupl
     return torch.stack(before, 2), state_BGKV
 
 
+def slot_step(
+    q_BGRK: Tensor, k_BGK: Tensor, v_BGV: Tensor, g_BGM: Tensor, keys_BGKM: Tensor, values_BGMV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of gated slot attention: (out [B,G,R,V], slots of keys, slots of values). Writes weigh 1 - alpha."""
+    decay, write = g_BGM.exp(), 1 - g_BGM.exp()
+    keys_BGKM = keys_BGKM * decay[:, :, None] + k_BGK[..., None] * write[:, :, None]
+    values_BGMV = values_BGMV * decay[..., None] + write[..., None] * v_BGV[:, :, None]
+    return (q_BGRK @ keys_BGKM).softmax(-1) @ values_BGMV, keys_BGKM, values_BGMV
+
+
+def slot_scores(
+    q_BTGRK: Tensor, k_BTGK: Tensor, s_BTGM: Tensor, g_BTGM: Tensor, keys_BGKM: Tensor, chunk: int = SUB_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """First pass of gated slot attention over T tokens: q_t times the slots of keys at t, [B,T,G,R,M], and the slots
+    after them. `gated_chunked` with the softmax of these as queries and s as keys is the second pass.
+
+    As in `gated_chunked`, but the decay sits on the side that is read; `chunk` tokens take [chunk, chunk, M] memory.
+    """
+    length = q_BTGRK.shape[1]
+    q_BGNRCK = _blocks(q_BTGRK, chunk).transpose(3, 4)
+    k_BGNCK, s_BGNCM, g_BGNCM = (_blocks(x, chunk) for x in (k_BTGK, s_BTGM, g_BTGM))
+    weights_BGNCCM = _between(g_BGNCM).exp() * s_BGNCM[:, :, :, None]
+    products_BGNRCC = (q_BGNRCK @ k_BGNCK.mT[:, :, :, None]).tril()
+    intra_BGNCRM = products_BGNRCC.transpose(3, 4) @ weights_BGNCCM
+    writes_BGNKM = k_BGNCK.mT @ (s_BGNCM * _exclusive_suffix(g_BGNCM).exp())
+    before_BGNKM, keys_BGKM = _scan(g_BGNCM.sum(3).exp()[..., None, :], writes_BGNKM, keys_BGKM)
+    inter_BGNRCM = (q_BGNRCK @ before_BGNKM[:, :, :, None]) * g_BGNCM.cumsum(3).exp()[:, :, :, None]
+    return _unblocks(intra_BGNCRM.transpose(3, 4) + inter_BGNRCM, length), keys_BGKM
+
+
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 

@@ -43,17 +43,53 @@ def rotate(x_K: Tensor, position: int, frequencies: Tensor) -> Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
 
 
-def alpha(p_TC: Tensor, config: LigerConfig) -> Tensor:
-    """Table 1: the retention of each gate channel, in (0, 1)."""
+def alpha(p_TC: Tensor, config: LigerConfig, head: int = 0) -> Tensor:
+    """Table 1: the retention of each gate channel, in (0, 1), for KV head `head`."""
     p = p_TC.double()
-    rows = {"gla": lambda: torch.exp(-torch.logaddexp(torch.zeros_like(p), -p))}
-    return rows[config.structure]() ** (1 / config.gate_normalizer)
+    sigma = torch.exp(-torch.logaddexp(torch.zeros_like(p), -p))
+    rows = {
+        "gla": sigma,
+        "gsa": sigma,
+        "hgrn2": config.lower_bound + (1 - config.lower_bound) * sigma,
+        "rwkv6": torch.exp(-torch.exp(p)),
+        "mamba2": torch.exp(-torch.logaddexp(torch.zeros_like(p), p)),
+        "mlstm": sigma,
+        "gated_retention": sigma,
+        "linear": torch.ones_like(p),
+        "fixed_decay": torch.full_like(p, 1 - 2.0 ** -(5 + head)),
+    }
+    return rows[config.structure] ** (1 / config.gate_normalizer)
 
 
-def attention(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, config: LigerConfig, frequencies: Tensor) -> Tensor:
-    """Eq. 9 for one head: recurrent_weight * Eq. 7 + window_weight * Eq. 10."""
-    scale = 1 / math.sqrt(q_TK.shape[1])
-    phi_q, phi_k = q_TK.double().softmax(-1), k_TK.double().softmax(-1)
-    long, _ = recurrent(phi_q, phi_k, v_TV, alpha(k_TK, config))
-    near = window(q_TK, k_TK, v_TV, config.window, scale, frequencies)
+def pool(k_TK: Tensor, config: LigerConfig) -> Tensor:
+    """Eq. 6, Pooling: identity for key-wide gates, the head's mean for scalar ones, means of neighbours for slots."""
+    width = {"scalar": 1, "slot": config.slots}.get(config.row.width, k_TK.shape[1])
+    return torch.stack([part.mean(1) for part in k_TK.double().chunk(width, 1)], 1)
+
+
+def slots(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, alpha_TM: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Gated slot attention (arXiv 2409.07146) for one head: slots of keys and values, read by a softmax over slots."""
+    keys_MK = torch.zeros(alpha_TM.shape[1], k_TK.shape[1], dtype=torch.float64)
+    values_MV = torch.zeros(alpha_TM.shape[1], v_TV.shape[1], dtype=torch.float64)
+    outs = []
+    for q_K, k_K, v_V, a_M in zip(q_TK.double(), k_TK.double(), v_TV.double(), alpha_TM, strict=True):
+        keys_MK = a_M[:, None] * keys_MK + torch.outer(1 - a_M, k_K)
+        values_MV = a_M[:, None] * values_MV + torch.outer(1 - a_M, v_V)
+        outs.append((keys_MK @ q_K).softmax(0) @ values_MV)
+    return torch.stack(outs), (keys_MK, values_MV)
+
+
+def attention(
+    q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, config: LigerConfig, frequencies: Tensor, head: int = 0
+) -> Tensor:
+    """Eq. 9 for one head: recurrent_weight * Eq. 7 + window_weight * Eq. 10. `head` numbers the KV head."""
+    near = window(q_TK, k_TK, v_TV, config.window, 1 / math.sqrt(q_TK.shape[1]), frequencies)
+    if config.structure == "window":
+        return config.window_weight * near
+    decay = alpha(pool(k_TK, config), config, head)
+    if config.structure == "gsa":
+        long, _ = slots(q_TK, k_TK, v_TV, decay)
+    else:
+        phi_q, phi_k = (x.double().softmax(-1) if config.feature_map == "softmax" else x for x in (q_TK, k_TK))
+        long, _ = recurrent(phi_q, 1 - decay if config.structure == "hgrn2" else phi_k, v_TV, decay)
     return config.recurrent_weight * long + config.window_weight * near
