@@ -25,9 +25,9 @@ class LigerConfig:
         recurrent_weight: weight of the recurrent branch in the output (Eq. 9: 0.5).
         window_weight: weight of the window branch in the output (Eq. 9: 0.5).
         gate_normalizer: N in alpha = sigma(p)^(1/N). None takes the structure's default.
-        feature_map: phi of Eq. 7, "softmax" over the head's channels or "identity". None takes the structure's default.
+        feature_map: phi of Eq. 7: "softmax" over the head's channels, or "identity". None: the structure's default.
         lower_bound: gamma, least retention of hgrn2's gate (0 to below 1; the reference code: 0).
-        slots: memory slots of gsa; must divide the head dim. 0 for the other structures, None takes their default (gsa: 64).
+        slots: memory slots of gsa, dividing the head dim; 0 for the others. None: the default (gsa: 64).
         gate_source: key that feeds the gate where a model normalizes keys (Qwen3): after ("normed") or before.
 
     Raises:

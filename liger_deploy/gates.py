@@ -55,8 +55,8 @@ def _bounded_sigmoid(p: Tensor, config: LigerConfig) -> Tensor:
 
 
 def _double_exponential(p: Tensor, config: LigerConfig) -> Tensor:
-    """alpha = exp(-exp(p)); p is clamped at 3, where exp(-exp(3)) = 2e-9 has forgotten everything already."""
-    return -p.clamp(max=3).exp() / config.gate_normalizer
+    """alpha = exp(-exp(p) / N); clamped at exp(-exp(3)) = 2e-9, which has forgotten everything already."""
+    return -(p - math.log(config.gate_normalizer)).clamp(max=3).exp()
 
 
 def _softplus(p: Tensor, config: LigerConfig) -> Tensor:
@@ -71,7 +71,7 @@ def _none(p: Tensor, config: LigerConfig) -> Tensor:
 def _fixed(p: Tensor, config: LigerConfig) -> Tensor:
     """RetNet's constants (arXiv 2307.08621, section 3): alpha_h = 1 - 2^(-5-h) for head h, whatever the token."""
     constants = [[math.log1p(-(2.0 ** -(5 + head)))] for head in range(p.shape[-2])]
-    return p * 0 + p.new_tensor(constants)
+    return p * 0 + p.new_tensor(constants) / config.gate_normalizer
 
 
 STRUCTURES: dict[str, Structure] = {

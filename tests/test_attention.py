@@ -9,6 +9,7 @@ import torch
 
 import liger_deploy as ld
 from liger_deploy.errors import CheckpointError, ConfigError, SessionError
+from liger_deploy.gates import STRUCTURES
 from liger_deploy.model import reference, window
 from liger_deploy.model.step import PrefillModel, StepModel
 from tests.conftest import relative, small_llama
@@ -23,11 +24,20 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+# Every structure, and the fields that change one. Adding a structure adds its line by itself.
+CONFIGS: list[dict[str, object]] = [
+    *({"structure": name} | ({"slots": 8} if name == "gsa" else {}) for name in STRUCTURES),
+    {"structure": "hgrn2", "lower_bound": 0.3},
+    {"structure": "gla", "gate_normalizer": 1.0},
+    {"structure": "mlstm", "feature_map": "identity", "recurrent_weight": 0.1, "window_weight": 1.0},
+]
+
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("keys", [1, 8, 64])
-def test_layer_is_the_papers_equations(kv_heads: int, keys: int) -> None:
-    model = ld.linearize(small_llama(kv_heads), ld.LigerConfig(window=keys))
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_layer_is_the_papers_equations(kv_heads: int, keys: int, config: dict[str, object]) -> None:
+    model = ld.linearize(small_llama(kv_heads), ld.LigerConfig(window=keys, **config))  # type: ignore[arg-type]
     layer = model.model.layers[0].self_attn
     layer.o_proj = torch.nn.Identity()
     x = torch.randn(1, 37, 64)
@@ -38,8 +48,8 @@ def test_layer_is_the_papers_equations(kv_heads: int, keys: int) -> None:
     for head in range(4):
         shared = head // (4 // kv_heads)
         heads = q[:, head], k[:, shared], v[:, shared]
-        expected = reference.attention(*heads, layer.liger, frequencies)
-        assert relative(ours[:, head], expected) < 3 * OP
+        expected = reference.attention(*heads, layer.liger, frequencies, shared)
+        assert relative(ours[:, head], expected) < 5 * OP
 
 
 @pytest.mark.parametrize(
@@ -69,9 +79,10 @@ def test_window_alone_is_the_untouched_model(changes: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("keys", [1, 7, 64])
-def test_sequence_is_steps_is_prefill_in_any_split(kv_heads: int, keys: int) -> None:
-    model = ld.linearize(small_llama(kv_heads), ld.LigerConfig(window=keys))
+@pytest.mark.parametrize("keys", [7, 64])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_sequence_is_steps_is_prefill_in_any_split(kv_heads: int, keys: int, config: dict[str, object]) -> None:
+    model = ld.linearize(small_llama(kv_heads), ld.LigerConfig(window=keys, **config))  # type: ignore[arg-type]
     step, prefill = StepModel(model), PrefillModel(model)
     tokens = torch.randint(0, 97, (2, 140))
     with torch.no_grad():
@@ -89,8 +100,9 @@ def test_sequence_is_steps_is_prefill_in_any_split(kv_heads: int, keys: int) -> 
             assert all(relative(a.float(), b.float()) < MODEL for a, b in zip(other, state, strict=True))
 
 
-def test_ragged_rows_are_the_rows_alone() -> None:
-    model = ld.linearize(small_llama(), ld.LigerConfig(window=8))
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_ragged_rows_are_the_rows_alone(config: dict[str, object]) -> None:
+    model = ld.linearize(small_llama(), ld.LigerConfig(window=8, **config))  # type: ignore[arg-type]
     prefill = PrefillModel(model)
     tokens, valid = torch.randint(0, 97, (4, 30)), torch.tensor([30, 1, 0, 17])
     with torch.no_grad():
@@ -107,8 +119,9 @@ def test_ragged_rows_are_the_rows_alone() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side: str) -> None:
-    model = ld.linearize(small_llama(), ld.LigerConfig(window=8))
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_padding_changes_nothing(side: str, config: dict[str, object]) -> None:
+    model = ld.linearize(small_llama(), ld.LigerConfig(window=8, **config))  # type: ignore[arg-type]
     tokens = torch.randint(0, 97, (3, 40))
     mask = torch.ones(3, 40, dtype=torch.long)
     real = {0: slice(0, 40), 1: slice(0, 25), 2: slice(0, 3)}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from liger_deploy.config import LigerConfig
-from liger_deploy.gates import log_sigmoid
+from liger_deploy.gates import STRUCTURES, log_sigmoid
 from liger_deploy.model import recurrence, reference
 from liger_deploy.model.ops import linear_attention
 from tests.conftest import relative
@@ -111,8 +111,77 @@ def test_log_sigmoid_is_exact_where_sigmoid_saturates(p: float) -> None:
     assert float(log_sigmoid(x)) == pytest.approx(float(exact), rel=1e-6, abs=1e-7)
 
 
-def test_gate_row_is_the_reference() -> None:
+@pytest.mark.parametrize("structure", [name for name, row in STRUCTURES.items() if row.width != "none"])
+@pytest.mark.parametrize("changes", [{}, {"gate_normalizer": 3}], ids=str)
+def test_gate_row_is_the_reference(structure: str, changes: dict[str, float]) -> None:
+    config = LigerConfig(structure=structure, **changes)  # type: ignore[arg-type]
+    p = torch.linspace(-70, 70, 128).view(1, 8, 2, 8)
+    ours = config.row.log_decay(p, config).double()
+    assert (ours <= 0).all()
+    for head in range(2):
+        expected = reference.alpha(p[0, :, head], config, head)
+        assert float((ours[0, :, head].exp() - expected).abs().max()) < OP
+
+
+def test_lower_bound_holds() -> None:
+    config = LigerConfig(structure="hgrn2", lower_bound=0.25)
     p = torch.linspace(-70, 70, 64).view(1, 8, 1, 8)
-    config = LigerConfig()
     ours = config.row.log_decay(p, config).double().exp()
     assert relative(ours[0, :, 0], reference.alpha(p[0, :, 0], config)) < OP
+    assert float(ours.min()) == pytest.approx(0.25, rel=1e-6)
+
+
+def slots_by_reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row, head and query through `reference.slots`."""
+    outs, keys, values = torch.zeros(*q.shape[:4], v.shape[-1], dtype=torch.float64), [], []
+    for row in range(q.shape[0]):
+        for head in range(q.shape[2]):
+            for query in range(q.shape[3]):
+                heads = q[row, :, head, query], k[row, :, head], v[row, :, head], g[row, :, head].double().exp()
+                outs[row, :, head, query], state = reference.slots(*heads)
+            keys.append(state[0].mT)
+            values.append(state[1])
+    return outs, *(torch.stack(x).unflatten(0, (q.shape[0], -1)) for x in (keys, values))
+
+
+@pytest.mark.parametrize("gate", ["mild", "strong", "extreme", "all -60"])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+def test_slots_are_the_reference(tokens: int, gate: str) -> None:
+    q, k, v, g = make(tokens, channels=4, gate=gate)
+    q, k = q * 20, k * 20
+    expected, expected_keys, expected_values = slots_by_reference(q, k, v, g)
+    keys, values, write = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 4, 8), 1 - g.exp()
+    for chunk in (recurrence.SUB_CHUNK, tokens):
+        scores, new_keys = recurrence.slot_scores(q, k, write, g, keys, chunk)
+        out, new_values = recurrence.gated_chunked(scores.softmax(-1), write, v, g, values)
+        assert relative(out, expected) < 5 * OP  # the softmax between the passes multiplies the scores' error
+        assert relative(new_keys, expected_keys) < OP
+        assert relative(new_values, expected_values) < OP
+    for t in range(tokens):
+        out, keys, values = recurrence.slot_step(q[:, t], k[:, t], v[:, t], g[:, t], keys, values)
+        assert relative(out, expected[:, t]) < 10 * OP
+    assert relative(keys, expected_keys) < OP
+    assert relative(values, expected_values) < OP
+
+
+@pytest.mark.parametrize("gate", ["mild", "extreme"])
+def test_slot_gradients_are_those_of_float64(gate: str) -> None:
+    q, k, v, g = make(40, channels=4, gate=gate)
+    inputs = [x.requires_grad_() for x in (q * 9, k * 9, v, g, torch.randn(2, 2, 8, 4), torch.randn(2, 2, 4, 8))]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+
+    def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        scores, keys = recurrence.slot_scores(q, k, 1 - g.exp(), g, keys)
+        out, values = recurrence.gated_chunked(scores.softmax(-1), 1 - g.exp(), v, g, values)
+        return out.square().sum() + values.square().sum() + keys.square().sum()
+
+    def steps(q: Tensor, k: Tensor, v: Tensor, g: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for t in range(40):
+            out, keys, values = recurrence.slot_step(q[:, t], k[:, t], v[:, t], g[:, t], keys, values)
+            total = total + out.square().sum()
+        return total + values.square().sum() + keys.square().sum()
+
+    ours, expected = torch.autograd.grad(chunked(*inputs), inputs), torch.autograd.grad(steps(*exact), exact)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert float((mine - theirs).norm()) <= GRADIENT * float(theirs.norm())

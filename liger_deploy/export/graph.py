@@ -29,8 +29,15 @@ def trace_prefill(model: PreTrainedModel, chunk: int, batch: int) -> ExportedPro
     token_dim = Dim("tokens", min=1, max=chunk) if chunk > 1 else Dim.STATIC
     state = tuple({0: row_dim} for _ in prefill.spec.tensors)
     shapes = {"tokens_BT": {0: row_dim, 1: token_dim}, "valid_B": {0: row_dim}, "state": state}
-    with torch.no_grad(), _recurrence_as_one_node(model):
-        program = torch.export.export(prefill, arguments, dynamic_shapes=shapes, strict=False)
+    with torch.no_grad(), _recurrence_as_one_node(model), _dense_experts(model):
+        # Deferred: guards such as min(T, T * T) == T hold for every T, and only the solver does not know.
+        program = torch.export.export(
+            prefill,
+            arguments,
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
     check_program(program, 2 + len(state), 1 + len(state))
     return program
 
@@ -56,6 +63,20 @@ def _recurrence_as_one_node(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer, forms in zip(layers, plain, strict=True):
             layer.recurrence, layer.slot_scores = forms
+
+
+@contextlib.contextmanager
+def _dense_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Mixture-of-experts layers as batched products: the default form's operator exists in PyTorch alone."""
+    name = "_experts_implementation"
+    before = getattr(model.config, name, None)
+    if before is not None:
+        setattr(model.config, name, "batched_mm")
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(model.config, name, before)
 
 
 def _slot_scores(q: Tensor, k: Tensor, s: Tensor, g: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

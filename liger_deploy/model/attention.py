@@ -153,7 +153,7 @@ class LigerAttention(nn.Module):
     def _recurrent(
         self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, keep_BT: Tensor | None, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Eq. 7 (or gated slot attention) over T tokens. Where `keep` is False nothing decays and nothing is written."""
+        """Eq. 7 (or gated slot attention) over T tokens. Where `keep` is False nothing decays or is written."""
         g = self._gate(gate_key)
         keep = 1 if keep_BT is None else keep_BT[:, :, None, None].to(g.dtype)
         g, step = g * keep, keep_BT is None and q.shape[1] == 1

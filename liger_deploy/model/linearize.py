@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +142,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _rope_table(model: PreTrainedModel, attention: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [length, rotary dim] in float32 for positions 0 .. length-1, by the model's own rotary module.
+    """cos and sin [length, rotary dim] for positions 0 .. length-1, angles in float64, from the model's frequencies.
 
     The rotary dim is 0 in a layer without RoPE (SmolLM 3). Some models turn each layer type differently (Gemma 3).
     """
-    rotary: nn.Module = model.model.rotary_emb
-    device = next(model.parameters()).device
-    options = {"layer_type": attention.layer_type} if "layer_type" in signature(rotary.forward).parameters else {}
-    with torch.no_grad():
-        cos, sin = rotary(torch.zeros(1, 1, device=device), torch.arange(length, device=device)[None], **options)
-    width = cos.shape[-1] if getattr(attention, "use_rope", True) else 0
-    return cos[0, :, :width], sin[0, :, :width]
+    rotary, kind = model.model.rotary_emb, getattr(attention, "layer_type", "")
+    prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+    frequencies = getattr(rotary, f"{prefix}inv_freq").double()
+    scale = getattr(rotary, f"{prefix}attention_scaling")
+    angles = torch.arange(length, device=frequencies.device)[:, None] * frequencies.repeat(2)
+    if not getattr(attention, "use_rope", True):
+        angles = angles[:, :0]
+    return (angles.cos() * scale).float(), (angles.sin() * scale).float()
