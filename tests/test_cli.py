@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import liger_deploy as ld
 from liger_deploy.__main__ import main
+from liger_deploy.export import EMBEDDED
 from liger_deploy.model.checkpoint import INDEX
+from liger_deploy.text import Stream, Text
 from tests.conftest import TINY_BASE, relative, small_llama
 from tests.test_attention import LLAMA3_ROPE
 
@@ -102,14 +104,32 @@ def test_state_saved_and_loaded_continues_the_text(
 
 
 def test_streamed_text_is_the_whole_text(tiny_bundle: Path) -> None:
-    from liger_deploy.text import Stream, Text
-
     text = Text(ld.Bundle.open(tiny_bundle))
     for sample in ("def f(x):\n    return x ** 2\n", "naïve café — “quotes” 😀 漢字", "\t\n  x"):
         ids = text.encode(sample)
         assert ids[0] == 0
         stream = Stream(text)
         assert "".join(stream.feed(token) for token in ids) == sample
+
+
+def test_chat_template_of_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = shutil.copytree(EMBEDDED, tmp_path / "chatty")
+    template = "{{ bos_token }}{% for m in messages %}# {{ m.role }}: {{ m.content }}{% endfor %}"
+    (source / "chat_template.jinja").write_text(template)
+    bundle = ld.export_bundle(source, "onnx", tmp_path / "b")
+    assert Text(bundle).chat("sort it") == "<|endoftext|># user: sort it"
+    run = ["generate", "--bundle", str(bundle.path), "--max-new-tokens", "8", "--temperature", "0"]
+    assert main([*run, "--chat", "--prompt", "sort it"]) == 0
+    chat = capsys.readouterr().out
+    assert main([*run, "--prompt", "# user: sort it"]) == 0
+    assert capsys.readouterr().out == chat
+
+
+def test_a_template_cannot_reach_outside(tmp_path: Path, fails: Callable[..., str]) -> None:
+    source = shutil.copytree(EMBEDDED, tmp_path / "evil")
+    (source / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    ld.export_bundle(source, "onnx", tmp_path / "b")
+    assert "does not render" in fails("generate", "--bundle", tmp_path / "b", "--prompt", "x", "--chat")
 
 
 def test_embedded_model_writes_python(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +223,11 @@ def test_bad_bundle_arguments(tiny_bundle: Path, tmp_path: Path, fails: Callable
     assert "softmax-attention checkpoint" in fails("verify", "--bundle", tiny_bundle, "--model", TINY_BASE)
     assert "required" in fails("convert", "--model", TINY_BASE)
     assert "unknown verb" in fails("deploy")
+    assert "could not be downloaded" in fails("convert", "--model", "nobody/nothing", "--out", tmp_path / "x")
+    assert "gsa, gla has none" in fails("convert", "--model", TINY_BASE, "--out", tmp_path / "x", "--slots", "8")
+    gsa = ("convert", "--model", TINY_BASE, "--out", tmp_path / "x", "--structure", "gsa")
+    assert "slots must divide the model's head dim 32" in fails(*gsa, "--slots", "5")
+    assert "hgrn2's alone" in fails(*gsa, "--lower-bound", "0.5")
 
 
 def test_verify_refuses_another_checkpoint(

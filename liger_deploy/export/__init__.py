@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from liger_deploy import __version__
 from liger_deploy.bundle import Bundle, GenerationDefaults, Manifest, write_manifest
 from liger_deploy.errors import UserError
 from liger_deploy.export.targets import TARGETS
@@ -73,7 +74,7 @@ def _describe(model: PreTrainedModel, target: str) -> Manifest:
     manifest = describe(model, target)
     packages = ("torch", "transformers", *TARGETS[target].packages)
     versions = {name: importlib.metadata.version(name) for name in packages}
-    versions["liger_deploy"] = importlib.metadata.version("liger-deploy")
+    versions["liger_deploy"] = __version__
     return dataclasses.replace(manifest, versions=versions)
 
 
