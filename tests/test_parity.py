@@ -129,6 +129,16 @@ def test_options_of_the_graph(options: dict[str, int], tmp_path: Path) -> None:
             ours.step([1])
 
 
+def test_a_model_of_another_dtype_is_copied(tmp_path: Path) -> None:
+    model = ld.linearize(small_llama()).to(torch.bfloat16)
+    bundle = ld.export_bundle(model, "onnx", tmp_path / "b")
+    assert bundle.manifest.model.dtype == "float32"
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert bundle.manifest.model.fingerprint == ld.EagerSession(model).manifest.model.fingerprint
+    oracle, tokens = ld.EagerSession(model.float()), np.arange(90)
+    assert relative(ld.load_session(bundle).prefill(tokens), oracle.prefill(tokens)) < MODEL
+
+
 def test_extreme_gates_survive_the_runtime(tmp_path: Path) -> None:
     """Gate logits near -60 and +60, where a Sigmoid saturates."""
     model = ld.linearize(small_llama(), ld.LigerConfig(window=2, gate_normalizer=1))

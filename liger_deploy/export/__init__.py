@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import os
@@ -33,7 +34,7 @@ def export_bundle(
     """Lower a model to `target` and write the bundle directory `out`, whole or not at all.
 
     `model` is a linearized model, a converted checkpoint's directory, or None for the embedded tiny model. A model in
-    memory has no tokenizer; its bundle takes and gives token ids.
+    memory has no tokenizer; its bundle takes and gives token ids. A model of another dtype is copied, not changed.
 
     Raises:
         UserError: unknown target, missing package, bad options, bad checkpoint, `out` exists.
@@ -49,7 +50,7 @@ def export_bundle(
         raise UserError(f"{out} already exists: give another --out, or remove it first")
     source = EMBEDDED if model is None else model
     directory = Path(source) if isinstance(source, str | os.PathLike) else None
-    loaded = _load(directory, options) if directory else source
+    loaded = _load(directory, options) if directory else _in_dtype(source, options)  # type: ignore[arg-type]
     with staged_directory(out) as stage:
         manifest = _describe(loaded, target)  # type: ignore[arg-type]
         graph = lower(loaded, stage, options)  # type: ignore[arg-type]
@@ -66,6 +67,14 @@ def _load(directory: Path, options: ExportOptions) -> PreTrainedModel:
     from liger_deploy.model.linearize import load_model
 
     return load_model(directory, getattr(torch, options.dtype))
+
+
+def _in_dtype(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel:
+    """The caller's model, or a copy of it in the bundle's dtype."""
+    import torch
+
+    dtype = getattr(torch, options.dtype)
+    return model if next(model.parameters()).dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 def _describe(model: PreTrainedModel, target: str) -> Manifest:

@@ -92,6 +92,14 @@ class LigerAttention(nn.Module):
         self.recurrence: Recurrence = recurrence.gated_chunked
         self.slot_scores: Recurrence = recurrence.slot_scores
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LigerAttention:
+        """Move the RoPE tables with the module, but keep them float32: rounded ones would no longer turn by distance
+        alone, and a prompt cut elsewhere would give other scores."""
+        tables = self.rope_cos, self.rope_sin
+        super()._apply(fn, recurse)
+        self.rope_cos, self.rope_sin = (table.to(self.rope_cos.device) for table in tables)
+        return self
+
     def forward(
         self,
         hidden_states: Tensor,
