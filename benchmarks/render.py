@@ -34,7 +34,7 @@ def tiny() -> str:
     return "\n".join(["| embedded model, held-out files | bits per byte |", "|---|---|", *lines, "", source])
 
 
-def _result(name: str) -> tuple[dict[str, Any], str]:
+def _result(name: str) -> tuple[Any, str]:
     r = json.loads((RESULTS / f"{name}.json").read_text())
     source = f"`{r['command']}`, {r['date']}, {r['machine']['cpu']}, {r['machine']['cores']} cores"
     return r["figures"], f"{source}: `benchmarks/results/{name}.json`"
@@ -67,6 +67,15 @@ def memory_1b() -> str:
     return "\n".join([head, "|---|---|---|", *lines, "", note])
 
 
+def parity() -> str:
+    """The embedded model on ONNX Runtime against PyTorch."""
+    rows, source = _result("parity")
+    lines = [f"| {r['check']} | {r['value']:.1e} | {r['limit']:g} | {r['detail']} |" for r in rows]
+    return "\n".join(
+        ["| ONNX Runtime against PyTorch | difference | limit | |", "|---|---|---|---|", *lines, "", source]
+    )
+
+
 def state() -> str:
     """State sizes of Llama-3-8B's shape, computed from StateSpec."""
     shape = ModelShape(layers=32, query_heads=32, kv_heads=8, head_dim=128)
@@ -81,7 +90,13 @@ def state() -> str:
     return "\n".join(["| Llama-3-8B shape, one sequence | memory |", "|---|---|", *lines, "", note])
 
 
-TABLES: dict[str, Callable[[], str]] = {"tiny": tiny, "drift": drift, "memory_1b": memory_1b, "state": state}
+TABLES: dict[str, Callable[[], str]] = {
+    "parity": parity,
+    "tiny": tiny,
+    "drift": drift,
+    "memory_1b": memory_1b,
+    "state": state,
+}
 
 
 def render(text: str) -> str:

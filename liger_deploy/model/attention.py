@@ -96,7 +96,7 @@ class LigerAttention(nn.Module):
         """Move the RoPE tables with the module, but keep them float32: rounded ones would no longer turn by distance
         alone, and a prompt cut elsewhere would give other scores."""
         tables = self.rope_cos, self.rope_sin
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.rope_cos, self.rope_sin = (table.to(self.rope_cos.device) for table in tables)
         return self
 
