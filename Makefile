@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test lint clean
 
 # torch is named first and exactly: the tested version, and a CPU build where the index has one.
 $(STAMP): pyproject.toml Makefile
@@ -24,9 +24,6 @@ demo: $(STAMP)
 # One process a core, one thread each: lowering is bound by Python, not by arithmetic.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
-
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
