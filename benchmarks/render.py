@@ -79,14 +79,16 @@ def parity() -> str:
 def state() -> str:
     """State sizes of Llama-3-8B's shape, computed from StateSpec."""
     shape = ModelShape(layers=32, query_heads=32, kv_heads=8, head_dim=128)
+    configs = {name: LigerConfig(structure=name) for name in STRUCTURES}
+    configs["gla with softmax layers 7, 15, 23, 31"] = LigerConfig(softmax_layers=(7, 15, 23, 31))
     sizes: dict[int, list[str]] = {}
-    for name in STRUCTURES:
-        sizes.setdefault(StateSpec.of(LigerConfig(structure=name), shape).nbytes(), []).append(name)
+    for name, config in configs.items():
+        sizes.setdefault(StateSpec.of(config, shape).nbytes(), []).append(name)
     lines = [f"| {', '.join(names)} | {size / 2**20:.0f} MiB |" for size, names in sizes.items()]
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
     for tokens in (1024, 8192, 131072):
         lines.append(f"| bfloat16 KV cache at {tokens:,} tokens | {cache * tokens / 2**20:,.0f} MiB |")
-    note = "Computed from `StateSpec`: float32 throughout, window of 64 keys; gsa with 64 slots."
+    note = "Computed from `StateSpec`: float32 throughout, window of 64 keys; gsa with 64 slots, lolcats with 64 features, softmax layers with 4,096 keys."
     return "\n".join(["| Llama-3-8B shape, one sequence | memory |", "|---|---|", *lines, "", note])
 
 

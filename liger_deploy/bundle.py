@@ -136,7 +136,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, format_version first."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"liger": self.liger.to_dict()}
         return {"format_version": values.pop("format_version"), **values}
 
 

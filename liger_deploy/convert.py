@@ -96,7 +96,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=kind, choices=choices, help=f"LigerConfig.{field.name} ({field.default})")
 
 
-FLAG_TYPES: dict[str, Any] = {"structure": str, "window": int, "slots": int, "gate_source": str, "feature_map": str}
+def _layers(text: str) -> tuple[int, ...]:
+    """Layer numbers: "7,15,23"."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+_layers.__name__ = "list of layer numbers"  # argparse names it so: "invalid list of layer numbers value: 'x'"
+FLAG_TYPES: dict[str, Any] = {
+    "structure": str,
+    "window": int,
+    "slots": int,
+    "gate_source": str,
+    "feature_map": str,
+    "features": int,
+    "softmax_layers": _layers,
+    "softmax_window": int,
+    "sinks": int,
+}
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from liger_deploy.config import LigerConfig
 
-GateWidth = Literal["key", "scalar", "slot", "none"]
+GateWidth = Literal["key", "scalar", "slot", "none", "learned"]
 LogDecay = Callable[["Tensor", "LigerConfig"], "Tensor"]
 
 
@@ -31,7 +31,7 @@ class Structure:
     width: GateWidth
     log_decay: LogDecay
     gate_normalizer: float = 1.0
-    feature_map: Literal["softmax", "identity"] = "softmax"
+    feature_map: Literal["softmax", "identity", "learned"] = "softmax"
     key_from_gate: bool = False  # the written key is 1 - alpha (HGRN2) instead of phi(k)
     source: str = ""
 
@@ -84,5 +84,6 @@ STRUCTURES: dict[str, Structure] = {
     "gated_retention": Structure("scalar", _sigmoid, source="Table 1; the same function as mlstm"),
     "linear": Structure("scalar", _none, source="control: Eq. 7 without a gate"),
     "fixed_decay": Structure("scalar", _fixed, source="control: RetNet's constants"),
+    "lolcats": Structure("learned", _none, feature_map="learned", source="arXiv 2410.10254: no gate, model/lolcats.py"),
     "window": Structure("none", _none, source="control: the window branch alone"),
 }

@@ -6,11 +6,16 @@ float32 holds every float16 and bfloat16 exactly, so a state moves between runti
     layers.{i}.recurrent   [B, G, K, V]   the recurrence, one per KV head (query heads of a group share it)
     layers.{i}.slots_k     [B, G, K, M]   gsa instead: slots of keys, and
     layers.{i}.slots_v     [B, G, M, V]   slots of values
+    layers.{i}.features_v  [B, H, 2F, V]  lolcats instead: sums of what left the window, a query head each, and
+    layers.{i}.features_1  [B, H, 2F]     its denominator
+    layers.{i}.sink_k      [B, G, S, K]   first S keys before RoPE, where a layer has attention sinks
+    layers.{i}.sink_v      [B, G, S, V]   first S values
     layers.{i}.window_k    [B, G, W, K]   last W keys before RoPE, oldest first, zeros until filled
     layers.{i}.window_v    [B, G, W, V]   last W values, oldest first
     length                 [B]            tokens seen by each row
 
-B batch, G KV heads, K key dim, V value dim (= K here), M slots, W window. The structure `window` has no recurrence.
+B batch, G KV heads, H query heads, K key dim, V value dim (= K here), M slots, F features, S sinks, W window. The
+structure `window`, and a layer that stays softmax attention (its W is larger), have no recurrence.
 """
 
 from __future__ import annotations
@@ -63,7 +68,7 @@ class StateSpec:
     @classmethod
     def of(cls, config: LigerConfig, shape: ModelShape) -> StateSpec:
         """The state of a model of this shape converted with this configuration."""
-        layers = (spec for layer in range(shape.layers) for spec in _layer(layer, config, shape))
+        layers = (spec for layer in range(shape.layers) for spec in layer_tensors(layer, config.layer(layer), shape))
         return cls((*layers, TensorSpec("length", (), "int64")))
 
     def nbytes(self, batch: int = 1) -> int:
@@ -90,13 +95,20 @@ class StateSpec:
                 )
 
 
-def _layer(layer: int, config: LigerConfig, shape: ModelShape) -> Iterator[TensorSpec]:
+def layer_tensors(layer: int, config: LigerConfig, shape: ModelShape) -> Iterator[TensorSpec]:
+    """One layer's tensors: the recurrence's or the sinks', then the window's two. `config` is that layer's own."""
     heads, dim = shape.kv_heads, shape.head_dim
     if config.row.width == "slot":
         yield TensorSpec(f"layers.{layer}.slots_k", (heads, dim, config.slots))
         yield TensorSpec(f"layers.{layer}.slots_v", (heads, config.slots, dim))
+    elif config.row.width == "learned":
+        yield TensorSpec(f"layers.{layer}.features_v", (shape.query_heads, 2 * config.features, dim))
+        yield TensorSpec(f"layers.{layer}.features_1", (shape.query_heads, 2 * config.features))
     elif config.row.width != "none":
         yield TensorSpec(f"layers.{layer}.recurrent", (heads, dim, dim))
+    if config.sinks:
+        yield TensorSpec(f"layers.{layer}.sink_k", (heads, config.sinks, dim))
+        yield TensorSpec(f"layers.{layer}.sink_v", (heads, config.sinks, dim))
     yield TensorSpec(f"layers.{layer}.window_k", (heads, config.window, dim))
     yield TensorSpec(f"layers.{layer}.window_v", (heads, config.window, dim))
 

@@ -39,6 +39,15 @@ def small_llama(kv_heads: int = 2, vocab: int = 97, **changes: object) -> LlamaF
     return model
 
 
+def liger(model: PreTrainedModel, **config: object) -> PreTrainedModel:
+    """Linearize, with learned parameters (LoLCATs') away from their identity."""
+    ld.linearize(model, ld.LigerConfig(**config))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if ".lolcats." in name:
+            parameter.data += torch.randn_like(parameter) * 0.5
+    return model
+
+
 def relative(ours: object, expected: object) -> float:
     """Largest difference over the largest expected value; NaN if either holds one."""
     a, b = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, np.float64) for x in (ours, expected))

@@ -12,8 +12,8 @@ from liger_deploy.errors import CheckpointError, ConfigError, SessionError
 from liger_deploy.gates import STRUCTURES
 from liger_deploy.model import reference, window
 from liger_deploy.model.step import PrefillModel, StepModel
-from tests.conftest import relative, small_llama
-from tests.tolerances import MODEL, OP, SAME_FUNCTION
+from tests.conftest import liger, relative, small_llama
+from tests.tolerances import GRADIENT, MODEL, OP, SAME_FUNCTION
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -24,20 +24,28 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+# Sizes that fit a head of 16 channels, where the defaults do not.
+SIZES: dict[str, dict[str, object]] = {"gsa": {"slots": 8}, "lolcats": {"features": 12}}
+
 # Every structure, and the fields that change one. Adding a structure adds its line by itself.
 CONFIGS: list[dict[str, object]] = [
-    *({"structure": name} | ({"slots": 8} if name == "gsa" else {}) for name in STRUCTURES),
+    *({"structure": name} | SIZES.get(name, {}) for name in STRUCTURES),
     {"structure": "hgrn2", "lower_bound": 0.3},
     {"structure": "gla", "gate_normalizer": 1.0},
+    {"structure": "window", "sinks": 3},
     {"structure": "mlstm", "feature_map": "identity", "recurrent_weight": 0.1, "window_weight": 1.0},
 ]
+
+
+# A hybrid whose layers differ in state, past the softmax layer's window.
+HYBRID: dict[str, object] = {"structure": "gla", "softmax_layers": (1,), "softmax_window": 20, "sinks": 3}
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("keys", [1, 8, 64])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_layer_is_the_papers_equations(kv_heads: int, keys: int, config: dict[str, object]) -> None:
-    model = ld.linearize(small_llama(kv_heads), ld.LigerConfig(window=keys, **config))  # type: ignore[arg-type]
+    model = liger(small_llama(kv_heads), window=keys, **config)
     layer = model.model.layers[0].self_attn
     layer.o_proj = torch.nn.Identity()
     x = torch.randn(1, 37, 64)
@@ -48,7 +56,11 @@ def test_layer_is_the_papers_equations(kv_heads: int, keys: int, config: dict[st
     for head in range(4):
         shared = head // (4 // kv_heads)
         heads = q[:, head], k[:, shared], v[:, shared]
-        expected = reference.attention(*heads, layer.liger, frequencies, shared)
+        if layer.liger.structure == "lolcats":
+            maps, gamma = (layer.lolcats.map_q[head], layer.lolcats.map_k[head]), layer.lolcats.window_factor[head]
+            expected = reference.lolcats(*heads, keys, 0.25, frequencies, maps, gamma.double().sigmoid().item())
+        else:
+            expected = reference.attention(*heads, layer.liger, frequencies, shared)
         assert relative(ours[:, head], expected) < 5 * OP
 
 
@@ -80,9 +92,9 @@ def test_window_alone_is_the_untouched_model(changes: dict[str, object]) -> None
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("keys", [7, 64])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, HYBRID], ids=str)
 def test_sequence_is_steps_is_prefill_in_any_split(kv_heads: int, keys: int, config: dict[str, object]) -> None:
-    model = ld.linearize(small_llama(kv_heads), ld.LigerConfig(window=keys, **config))  # type: ignore[arg-type]
+    model = liger(small_llama(kv_heads), window=keys, **config)
     step, prefill = StepModel(model), PrefillModel(model)
     tokens = torch.randint(0, 97, (2, 140))
     with torch.no_grad():
@@ -100,9 +112,9 @@ def test_sequence_is_steps_is_prefill_in_any_split(kv_heads: int, keys: int, con
             assert all(relative(a.float(), b.float()) < MODEL for a, b in zip(other, state, strict=True))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, HYBRID], ids=str)
 def test_ragged_rows_are_the_rows_alone(config: dict[str, object]) -> None:
-    model = ld.linearize(small_llama(), ld.LigerConfig(window=8, **config))  # type: ignore[arg-type]
+    model = liger(small_llama(), window=8, **config)
     prefill = PrefillModel(model)
     tokens, valid = torch.randint(0, 97, (4, 30)), torch.tensor([30, 1, 0, 17])
     with torch.no_grad():
@@ -119,9 +131,9 @@ def test_ragged_rows_are_the_rows_alone(config: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, HYBRID], ids=str)
 def test_padding_changes_nothing(side: str, config: dict[str, object]) -> None:
-    model = ld.linearize(small_llama(), ld.LigerConfig(window=8, **config))  # type: ignore[arg-type]
+    model = liger(small_llama(), window=8, **config)
     tokens = torch.randint(0, 97, (3, 40))
     mask = torch.ones(3, 40, dtype=torch.long)
     real = {0: slice(0, 40), 1: slice(0, 25), 2: slice(0, 3)}
@@ -135,6 +147,31 @@ def test_padding_changes_nothing(side: str, config: dict[str, object]) -> None:
         for row, part in real.items():
             alone = model(tokens[row : row + 1, part]).logits[0]
             assert relative(batch[row, part], alone) < MODEL
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, HYBRID], ids=str)
+def test_documents_of_one_row_do_not_see_each_other(config: dict[str, object]) -> None:
+    """Packed rows: each document as if alone, forward and gradient."""
+    model = liger(small_llama(), window=8, **config)
+    lengths = [[70, 3, 27], [1, 40, 50]]  # the second row ends in padding
+    tokens, segments = torch.randint(0, 97, (2, 100)), torch.zeros(2, 100, dtype=torch.long)
+    for row, parts in enumerate(lengths):
+        numbers = torch.repeat_interleave(torch.arange(1, 4), torch.tensor(parts))
+        segments[row, : len(numbers)] = numbers
+    packed = model(tokens, segment_ids=segments).logits
+    target = torch.randn_like(packed)
+    (packed * target)[segments > 0].sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for row, parts in enumerate(lengths):
+        start = 0
+        for count in parts:
+            piece = slice(start, start := start + count)
+            alone = model(tokens[row : row + 1, piece]).logits[0]
+            assert relative(packed[row, piece], alone) < MODEL
+            (alone * target[row, piece]).sum().backward()
+    for ours, parameter in zip(gradients, model.parameters(), strict=True):
+        assert float((ours - parameter.grad).norm()) <= GRADIENT * float(parameter.grad.norm())
 
 
 def test_a_far_token_is_as_exact_as_a_near_one() -> None:

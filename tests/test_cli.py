@@ -227,6 +227,12 @@ def test_bad_bundle_arguments(tiny_bundle: Path, tmp_path: Path, fails: Callable
     assert "gsa, gla has none" in fails("convert", "--model", TINY_BASE, "--out", tmp_path / "x", "--slots", "8")
     gsa = ("convert", "--model", TINY_BASE, "--out", tmp_path / "x", "--structure", "gsa")
     assert "slots must divide the model's head dim 32" in fails(*gsa, "--slots", "5")
+    convert = ("convert", "--model", TINY_BASE, "--out", tmp_path / "x")
+    assert "features must be at most the model's head dim 32, not 64" in fails(*convert, "--structure", "lolcats")
+    assert "softmax_layers must be below 4" in fails(*convert, "--softmax-layers", "1,4")
+    assert "ascending" in fails(*convert, "--softmax-layers", "2,1")
+    assert "invalid list of layer numbers value: 'x'" in fails(*convert, "--softmax-layers", "x")
+    assert "sinks belong to softmax_layers" in fails(*convert, "--sinks", "4")
     assert "hgrn2's alone" in fails(*gsa, "--lower-bound", "0.5")
 
 

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import liger_deploy as ld
+from liger_deploy.convert import convert
 from liger_deploy.gates import STRUCTURES
 from liger_deploy.model.checkpoint import SUPPORTED
+from liger_deploy.model.linearize import load_base_model, softmax_attention
 from liger_deploy.model.step import PrefillModel
-from tests.conftest import relative
-from tests.test_attention import LLAMA3_ROPE
+from tests.conftest import liger, relative
+from tests.test_attention import LLAMA3_ROPE, SIZES
 from tests.tolerances import MODEL, SAME_FUNCTION
 
 # What each family has that the others do not.
@@ -85,22 +87,24 @@ def test_window_alone_is_the_untouched_model(name: str) -> None:
     tokens = torch.randint(3, 97, (2, 120))
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
-        liger = ld.linearize(model, ld.LigerConfig(window=120, recurrent_weight=0, window_weight=1))
-        assert relative(liger(tokens).logits, expected) <= SAME_FUNCTION
-        prefill = PrefillModel(liger)
+        ld.linearize(model, ld.LigerConfig(window=120, recurrent_weight=0, window_weight=1))
+        assert relative(model(tokens).logits, expected) <= SAME_FUNCTION
+        prefill = PrefillModel(model)
         logits, *_ = prefill(tokens, torch.tensor([120, 55]), *prefill.zeros(2))
     assert relative(logits, torch.stack([expected[0, 119], expected[1, 54]])) <= SAME_FUNCTION
 
 
-# Every family once and every structure once.
-PAIRS = [(name, list(STRUCTURES)[i % len(STRUCTURES)]) for i, name in enumerate(FAMILIES)]
-assert {structure for _, structure in PAIRS} == set(STRUCTURES)
+# Every family and every structure at least once, and what else changes a graph's shape.
+CASES: list[dict[str, Any]] = [
+    *({"structure": name, "window": 6} | SIZES.get(name, {}) for name in STRUCTURES),
+    {"structure": "gla", "window": 6, "softmax_layers": (1,), "softmax_window": 20, "sinks": 2},
+]
+PAIRS = [(list(FAMILIES)[i % len(FAMILIES)], case) for i, case in enumerate(CASES)]
 
 
-@pytest.mark.parametrize(("name", "structure"), PAIRS)
-def test_onnx_runtime_is_eager(name: str, structure: str, tmp_path: Path) -> None:
-    slots = {"slots": 8} if structure == "gsa" else {}
-    model = ld.linearize(family(name), ld.LigerConfig(structure=structure, window=6, **slots))
+@pytest.mark.parametrize(("name", "config"), PAIRS, ids=str)
+def test_onnx_runtime_is_eager(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model = liger(family(name), **config)
     ld.export_bundle(model, "onnx", tmp_path / "b")
     ours, oracle = ld.load_session(tmp_path / "b"), ld.EagerSession(model)
     tokens = np.random.default_rng(0).integers(3, 97, (2, 90))
@@ -121,13 +125,51 @@ def test_the_gate_may_read_the_raw_key() -> None:
     assert relative(raw, normed) > 1e-3
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_softmax_mode_is_the_untouched_model(name: str) -> None:
+    """The teacher of distillation: the same projections with the base model's own attention, padding included."""
+    model = family(name)
+    tokens, mask = torch.randint(3, 97, (2, 120)), torch.ones(2, 120, dtype=torch.long)
+    mask[1, :30] = 0
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+        with softmax_attention(ld.linearize(model)):
+            ours = model(tokens, attention_mask=mask).logits
+    assert relative(ours[0], expected[0]) <= SAME_FUNCTION
+    assert relative(ours[1, 30:], expected[1, 30:]) <= SAME_FUNCTION
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "smollm3"])
+def test_softmax_layers_are_exact_within_their_window(name: str) -> None:
+    """Every layer left to softmax: the untouched model, in one pass and in parts."""
+    model = family(name)
+    layers = tuple(range(model.config.num_hidden_layers))
+    tokens = torch.randint(3, 97, (2, 100))
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        ld.linearize(model, ld.LigerConfig(softmax_layers=layers, softmax_window=100, sinks=4))
+        assert relative(model(tokens).logits, expected) <= SAME_FUNCTION
+        session = ld.EagerSession(model)
+        session.prefill(tokens[:, :41].numpy())
+        assert relative(session.prefill(tokens[:, 41:].numpy()), expected[:, -1]) < MODEL
+
+
+def test_a_sliding_layer_cannot_stay_softmax_with_a_larger_window() -> None:
+    with pytest.raises(ld.UserError, match="layer 0 of this model attends to its last 512 keys"):
+        ld.linearize(family("gemma3_text"), ld.LigerConfig(softmax_layers=(0,)))
+    ld.linearize(family("gemma3_text"), ld.LigerConfig(softmax_layers=(1,)))
+
+
 @pytest.mark.parametrize("structure", [s for s, row in STRUCTURES.items()])
 def test_state_memory_is_the_formula(structure: str) -> None:
-    """Bytes of a Llama-3-8B state: recurrence 4*G*K*V (gsa 2*4*G*K*M) and window 2*4*G*W*K, for each of 32 layers."""
+    """Bytes of a Llama-3-8B state: recurrence 4*G*K*V (gsa 2*4*G*K*M, lolcats 4*H*2F*(V+1)) and window 2*4*G*W*K, for
+    each of 32 layers."""
     from liger_deploy.state import ModelShape, StateSpec
 
     config = ld.LigerConfig(structure=structure)
-    recurrent = {"gsa": 2 * 4 * 8 * 128 * 64, "window": 0}.get(structure, 4 * 8 * 128 * 128)
+    recurrent = {"gsa": 2 * 4 * 8 * 128 * 64, "lolcats": 4 * 32 * 128 * 129, "window": 0}.get(
+        structure, 4 * 8 * 128 * 128
+    )
     expected = 32 * (recurrent + 2 * 4 * 8 * 64 * 128) + 8
     assert StateSpec.of(config, ModelShape(32, 32, 8, 128)).nbytes() == expected
 
@@ -135,3 +177,25 @@ def test_state_memory_is_the_formula(structure: str) -> None:
 def test_slots_must_divide_the_head() -> None:
     with pytest.raises(ld.UserError, match="slots must divide the model's head dim 16: 1, 2, 4, 8, 16; not 64"):
         ld.linearize(family("llama"), ld.LigerConfig(structure="gsa"))
+
+
+def test_learned_maps_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = liger(family("llama"), structure="lolcats", features=8, window=5)
+    ld.save_model(model, tmp_path)
+    tokens = torch.randint(3, 97, (1, 30))
+    with torch.no_grad():
+        assert torch.equal(ld.load_model(tmp_path)(tokens).logits, model(tokens).logits)
+        base = load_base_model(tmp_path)  # still the base model to anyone else
+        assert relative(base(tokens).logits, family("llama")(tokens).logits) == 0
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"features": 8', '"features": 9'))
+    with pytest.raises(ld.UserError, match=r"lolcats.map_q' is \[4, 16, 8\], not \[4, 16, 9\]"):
+        ld.load_model(tmp_path)
+
+
+def test_identity_maps_start_a_converted_checkpoint(tmp_path: Path) -> None:
+    ld.save_model(family("llama"), tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "liger", ld.LigerConfig("lolcats", features=8))
+    maps = ld.load_model(tmp_path / "liger").model.layers[1].self_attn.lolcats
+    assert torch.equal(maps.map_q, torch.eye(16, 8).expand(4, 16, 8))
+    assert maps.window_factor.sigmoid().tolist() == pytest.approx([0.1] * 4, rel=1e-4)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,27 @@ from torch import Tensor, nn
 from liger_deploy.config import LigerConfig
 from liger_deploy.errors import SessionError
 from liger_deploy.model import recurrence, window
+from liger_deploy.model.lolcats import Lolcats
+from liger_deploy.model.recurrence import Recurrence
+from liger_deploy.state import ModelShape, layer_tensors
 
-Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Mode = Literal["liger", "softmax", "transfer"]
+Heads = tuple[Tensor, Tensor, Tensor, Tensor]  # q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,V], gate's key [B,T,G,K]
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """A layer's rotary embedding: cos and sin [S, rotary dim] by distance, and the model's own frequencies."""
+
+    cos: Tensor
+    sin: Tensor
+    inverse_frequency: Tensor
+    scale: float
 
 
 @dataclass
 class LayerState:
-    """State of one layer, laid out as `StateSpec` says: the recurrence's tensors, then keys and values."""
+    """State of one layer, laid out as `StateSpec` says: recurrence (or sinks), then the window's keys and values."""
 
     recurrent: tuple[Tensor, ...]
     window_k: Tensor
@@ -33,6 +47,30 @@ class LayerState:
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order of `StateSpec`."""
         return (*self.recurrent, self.window_k, self.window_v)
+
+
+@dataclass
+class Segments:
+    """Which tokens of a sequence belong together, [B,T].
+
+    Attributes:
+        number: documents of a row numbered from 1; 0 is padding.
+        keep: False for padding; None when there is none.
+        restart: True where a document begins and the state must be forgotten; None when rows hold one document each.
+    """
+
+    number: Tensor
+    keep: Tensor | None
+    restart: Tensor | None
+
+    @classmethod
+    def of(cls, x_BTD: Tensor, mask_BT: Tensor | None, segment_BT: Tensor | None) -> Segments:
+        """From a padding mask, or from segment numbers, or from neither."""
+        if segment_BT is not None:
+            return cls(segment_BT, segment_BT > 0, window.starts(segment_BT))
+        if mask_BT is not None:
+            return cls(mask_BT.long(), mask_BT.bool(), None)
+        return cls(torch.ones(x_BTD.shape[:2], dtype=torch.long, device=x_BTD.device), None, None)
 
 
 @dataclass
@@ -50,6 +88,12 @@ class ModelState:
     valid: Tensor | None = None
     is_compileable: bool = field(default=False, init=False)
     is_sliding: tuple[bool, ...] = field(default=(), init=False)
+
+    def keep(self, tokens: int) -> Tensor | None:
+        """[B,T] bool: which of the T tokens are real; None when all are."""
+        if self.valid is None:
+            return None
+        return torch.arange(tokens, device=self.valid.device) < self.valid[:, None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Part of Hugging Face's cache protocol; positions do not matter here."""
@@ -74,23 +118,32 @@ class LigerAttention(nn.Module):
     o_proj: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
+    lolcats: Lolcats
 
-    def __init__(self, base: nn.Module, config: LigerConfig, rope: window.Rope) -> None:
+    def __init__(self, base: nn.Module, config: LigerConfig, rope: RopeTable) -> None:
         super().__init__()
         self.layer_idx: int = base.layer_idx  # type: ignore[assignment]
         self.head_dim: int = base.head_dim  # type: ignore[assignment]
         self.scaling: float = base.scaling  # type: ignore[assignment]
         self.queries_per_key: int = base.num_key_value_groups  # type: ignore[assignment]
         self.liger = config
+        self.base_window: int | None = getattr(base, "sliding_window", None)
+        self.mode: Mode = "liger"
+        self.transfer_loss: Tensor | None = None
         self.rope_cos: Tensor
         self.rope_sin: Tensor
-        self.register_buffer("rope_cos", rope[0], persistent=False)
-        self.register_buffer("rope_sin", rope[1], persistent=False)
+        self.register_buffer("rope_cos", rope.cos, persistent=False)
+        self.register_buffer("rope_sin", rope.sin, persistent=False)
         for name, child in base.named_children():
             self.add_module(name, child)
         self.norms = _norms(base, self.head_dim)
         self.recurrence: Recurrence = recurrence.gated_chunked
         self.slot_scores: Recurrence = recurrence.slot_scores
+        if config.row.width == "learned":
+            weight = next(self.parameters())
+            heads: int = base.config.num_attention_heads  # type: ignore[union-attr,assignment]
+            maps = Lolcats(heads, self.head_dim, config.features, rope.inverse_frequency, rope.scale)
+            self.lolcats = maps.to(weight.device, weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LigerAttention:
         """Move the RoPE tables with the module, but keep them float32: rounded ones would no longer turn by distance
@@ -106,23 +159,38 @@ class LigerAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: ModelState | None = None,
+        segment_ids: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Called by the Hugging Face layer. hidden [B,T,D], attention_mask [B,T] bool (False: padding) or None.
 
-        Without a state the T tokens are a whole sequence; with one they continue it, and `past_key_values` holds the
-        next state afterwards.
+        Without a state the T tokens are a whole sequence (or several, numbered from 1 by `segment_ids` [B,T], 0 being
+        padding); with one they continue it, and `past_key_values` holds the next state afterwards.
         """
-        q, k, v, gate_key = self._project(hidden_states)
+        heads = self._project(hidden_states)
         if past_key_values is None:
-            out = self._sequence(q, k, v, gate_key, attention_mask)
+            segments = Segments.of(hidden_states, attention_mask, segment_ids)
+            out = self._in_mode(heads, segments, position_embeddings)
         elif isinstance(past_key_values, ModelState):
-            out = self._continue(q, k, v, gate_key, past_key_values)
+            out = self._continue(*heads, past_key_values)
         else:
             raise SessionError("a Liger model keeps no KV cache: pass use_cache=False, or decode through a Session")
         return self.o_proj(out.flatten(2).to(hidden_states.dtype)), None
 
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _in_mode(self, heads: Heads, segments: Segments, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`mode`: "liger"; "softmax", the base model's attention; "transfer", the latter while measuring the former
+        against it (LoLCATs' first stage: mean squared error of the heads' outputs)."""
+        if self.mode == "liger":
+            return self._sequence(*heads, segments)
+        rope = position_embeddings if self.rope_cos.shape[-1] else None
+        teacher = window.attend_all(*heads[:3], segments.number, rope, self.scaling, self.base_window)
+        if self.mode == "transfer":
+            with torch.enable_grad():
+                ours = self._sequence(*heads, segments)
+                self.transfer_loss = (ours.float() - teacher.float()).square().mean()
+        return teacher
+
+    def _project(self, x_BTD: Tensor) -> Heads:
         """q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,V] and the key that feeds the gate [B,T,G,K], before RoPE.
 
         Query and key norms act where the base model has them: on whole projections (OLMo 2) or on heads (Qwen 3).
@@ -159,35 +227,38 @@ class LigerAttention(nn.Module):
         return x.float().softmax(-1) if self.liger.feature_map == "softmax" else x.float()
 
     def _recurrent(
-        self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, keep_BT: Tensor | None, state: tuple[Tensor, ...]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate_key: Tensor,
+        keep_BT: Tensor | None,
+        restart_BT: Tensor | None,
+        state: tuple[Tensor, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Eq. 7 (or gated slot attention) over T tokens. Where `keep` is False nothing decays or is written."""
-        g = self._gate(gate_key)
-        keep = 1 if keep_BT is None else keep_BT[:, :, None, None].to(g.dtype)
-        g, step = g * keep, keep_BT is None and q.shape[1] == 1
+        """Eq. 7 (or gated slot attention) over T tokens. Where `keep` is False nothing decays or is written; where
+        `restart` is True the state is forgotten first."""
+        g, step = self._gate(gate_key), keep_BT is None and q.shape[1] == 1
+        write = 1 - g.exp() if self.liger.row.key_from_gate or self.liger.slots else self._feature_map(k)
+        if keep_BT is not None:
+            keep_BT11 = keep_BT[:, :, None, None].to(g.dtype)
+            g, write = g * keep_BT11, write * keep_BT11
+        if restart_BT is not None:
+            g = g.masked_fill(restart_BT[:, :, None, None], recurrence.FORGET)
         q, v = self._feature_map(q), v.float()
-        if self.liger.row.width == "slot":
+        if self.liger.slots:
+            k = k.float()
             if step:
-                out, *slots = recurrence.slot_step(q[:, 0], k[:, 0].float(), v[:, 0], g[:, 0], *state)
+                out, *slots = recurrence.slot_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], *state)
                 return out[:, None], tuple(slots)
-            write = (1 - g.exp()) * keep
-            scores, keys = self.slot_scores(q, k.float(), write, g, state[0])
+            scores, keys = self.slot_scores(q, k, write, g, state[0])
             out, values = self.recurrence(scores.softmax(-1), write, v, g, state[1])
             return out, (keys, values)
-        k = (1 - g.exp() if self.liger.row.key_from_gate else self._feature_map(k)) * keep
         if step:
-            out, new = recurrence.gated_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], state[0])
+            out, new = recurrence.gated_step(q[:, 0], write[:, 0], v[:, 0], g[:, 0], state[0])
             return out[:, None], (new,)
-        out, new = self.recurrence(q, k, v, g, state[0])
+        out, new = self.recurrence(q, write, v, g, state[0])
         return out, (new,)
-
-    def _long(
-        self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, keep_BT: Tensor | None, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """The recurrent branch, or None where the structure has none."""
-        if self.liger.row.width == "none":
-            return None, ()
-        return self._recurrent(q, k, v, gate_key, keep_BT, state)
 
     def _mix(self, long: Tensor | None, near: Tensor) -> Tensor:
         if long is None:
@@ -197,28 +268,53 @@ class LigerAttention(nn.Module):
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, state: ModelState) -> Tensor:
         """T tokens after a state: [B,T,G,R,V]; replaces this layer's state."""
         layer, tokens, width = state.layers[self.layer_idx], q.shape[1], self.liger.window
-        keep = None
-        if state.valid is not None:
-            keep = torch.arange(tokens, device=q.device) < state.valid[:, None]
-        keys = torch.cat([layer.window_k, k.transpose(1, 2)], 2)
-        values = torch.cat([layer.window_v, v.transpose(1, 2)], 2)
+        new_k, new_v = k.transpose(1, 2), v.transpose(1, 2)
+        keys, values = torch.cat([layer.window_k, new_k], 2), torch.cat([layer.window_v, new_v], 2)
         visible = window.visible_after_state(state.length, tokens, width)
-        near = window.attend(q, keys, values, visible, (self.rope_cos, self.rope_sin), self.scaling)
-        long, recurrent = self._long(q, k, v, gate_key, keep, layer.recurrent)
+        keep, recurrent, sinks = state.keep(tokens), layer.recurrent, None
+        if self.liger.sinks:
+            first = zip(recurrent, (new_k, new_v), strict=True)
+            recurrent = tuple(window.keep_first(kept, new, state.length, state.valid) for kept, new in first)
+            sinks = window.sinks_after_state(recurrent, state.length, tokens, width)
+        near = window.attend(q, keys, values, visible, (self.rope_cos, self.rope_sin), self.scaling, sinks)
+        out: Tensor
+        if self.liger.row.width == "learned":
+            gone = (x[:, :, :tokens].transpose(1, 2) for x in (keys, values))
+            position = state.length[:, None] + torch.arange(tokens, device=q.device)
+            left = position >= width if keep is None else (position >= width) & keep
+            out, recurrent = self.lolcats(q, near, *gone, position, width, left, None, recurrent, self.recurrence)
+        elif self.liger.row.width == "none":
+            out = self._mix(None, near[0])
+        else:
+            long, recurrent = self._recurrent(q, k, v, gate_key, keep, None, recurrent)
+            out = self._mix(long, near[0])
         kept = (window.keep_last(x, state.valid, width) for x in (keys, values))
         state.layers[self.layer_idx] = LayerState(recurrent, *kept)
-        return self._mix(long, near)
+        return out
 
-    def _sequence(self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, keep_BT: Tensor | None) -> Tensor:
-        """A whole sequence from the empty state: [B,T,G,R,V]."""
-        batch, tokens, groups, dim = k.shape
-        slots = self.liger.slots
-        shapes = [(dim, slots), (slots, dim)] if slots else [(dim, dim)]
-        zeros = tuple(torch.zeros(batch, groups, *shape, device=q.device, dtype=torch.float32) for shape in shapes)
-        segment = torch.ones(batch, tokens, dtype=torch.long, device=q.device) if keep_BT is None else keep_BT.long()
-        near = window.attend_sequence(q, k, v, segment, (self.rope_cos, self.rope_sin), self.scaling, self.liger.window)
-        long, _ = self._long(q, k, v, gate_key, keep_BT, zeros)
-        return self._mix(long, near)
+    def _sequence(self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, segments: Segments) -> Tensor:
+        """Whole sequences from the empty state: [B,T,G,R,V]."""
+        liger, rope, segment = self.liger, (self.rope_cos, self.rope_sin), segments.number
+        near = window.attend_sequence(q, k, v, segment, rope, self.scaling, liger.window, liger.sinks)
+        zeros = self._zeros(q)
+        if liger.row.width == "none":
+            return self._mix(None, near[0])
+        if liger.row.width == "learned":
+            gone = (window.delayed(x, liger.window) for x in (k, v))
+            left = (window.delayed(segment, liger.window) == segment) & (segment > 0)
+            position = torch.arange(q.shape[1], device=q.device) - window.first_of_segment(segment)
+            rest = (position, liger.window, left, segments.restart, zeros, self.recurrence)
+            out: Tensor
+            out, _ = self.lolcats(q, near, *gone, *rest)
+            return out
+        long, _ = self._recurrent(q, k, v, gate_key, segments.keep, segments.restart, zeros)
+        return self._mix(long, near[0])
+
+    def _zeros(self, q_BTGRK: Tensor) -> tuple[Tensor, ...]:
+        """The empty recurrence, as `StateSpec` lays it out."""
+        batch, _, groups, queries, dim = q_BTGRK.shape
+        tensors = layer_tensors(0, self.liger, ModelShape(1, groups * queries, groups, dim))
+        return tuple(torch.zeros(batch, *spec.shape, device=q_BTGRK.device) for spec in [*tensors][:-2])
 
 
 def _norms(base: nn.Module, head_dim: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_deploy.config import LigerConfig
-from liger_deploy.config import check_fits as check_head_dim
+from liger_deploy.config import check_fits as check_sizes
 from liger_deploy.errors import CheckpointError
 from liger_deploy.files import read_json
 
@@ -54,15 +54,31 @@ def check_supported(config: dict[str, Any], path: Path | None = None) -> None:
         raise CheckpointError(f"{where}{names} is not a causal language model: {SUPPORTED[str(kind)]} is needed")
 
 
-def check_fits(values: dict[str, Any], config: LigerConfig, path: Path) -> None:
-    """Raise unless the structure's sizes fit the model's."""
-    heads, keys = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if not isinstance(heads, int) or heads < 1:
-        raise CheckpointError(f"{path / 'config.json'}: num_attention_heads must be a positive integer, not {heads!r}")
-    if keys is not None and (not isinstance(keys, int) or keys < 1 or heads % keys):
-        raise CheckpointError(f"{path / 'config.json'}: {heads} query heads cannot share {keys!r} KV heads")
-    head_dim = values.get("head_dim") or values.get("hidden_size", 0) // heads
-    check_head_dim(config, head_dim)
+def check_fits(values: dict[str, Any], config: LigerConfig, path: Path | None = None) -> None:
+    """Raise unless the configuration's sizes fit those in a model's `config.json`."""
+    where = f"{path / 'config.json'}: " if path else ""
+    heads, layers, hidden = (
+        _positive(values, name, where) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")
+    )
+    keys = values.get("num_key_value_heads")
+    if keys is not None and (type(keys) is not int or keys < 1 or heads % keys):
+        raise CheckpointError(f"{where}{heads} query heads cannot share {keys!r} KV heads")
+    check_sizes(config, values.get("head_dim") or hidden // heads, layers)
+    kinds, sliding = values.get("layer_types") or [], values.get("sliding_window") or config.softmax_window
+    for layer in config.softmax_layers:
+        full = values.get("use_sliding_window") is False or kinds[layer : layer + 1] == ["full_attention"]
+        if sliding < config.softmax_window and not full:
+            raise CheckpointError(
+                f"{where}layer {layer} of this model attends to its last {sliding} keys: "
+                f"give --softmax-window {sliding}, or choose other softmax_layers"
+            )
+
+
+def _positive(values: dict[str, Any], name: str, where: str) -> int:
+    value = values.get(name)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{where}{name} must be a positive integer, not {value!r}")
+    return value
 
 
 def weight_files(path: Path) -> list[Path]:

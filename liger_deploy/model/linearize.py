@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from liger_deploy.config import LigerConfig, check_fits
+from liger_deploy.config import LigerConfig
 from liger_deploy.errors import CheckpointError, ConfigError
 from liger_deploy.model import checkpoint
-from liger_deploy.model.attention import LigerAttention
+from liger_deploy.model.attention import LigerAttention, Mode, RopeTable
 from liger_deploy.state import ModelShape, StateSpec
 
 CHUNK_LIMIT = 1024  # longest run of tokens after a state that the RoPE tables cover
@@ -44,10 +47,11 @@ def linearize(model: PreTrainedModel, config: LigerConfig | None = None) -> PreT
     checkpoint.check_supported(model.config.to_dict())
     if is_linearized(model):
         raise ConfigError("this model is already linearized: load the base checkpoint to choose another structure")
-    check_fits(config, model.model.layers[0].self_attn.head_dim)
-    length = max(2 * config.window, config.window + CHUNK_LIMIT)
-    for layer in model.model.layers:
-        layer.self_attn = LigerAttention(layer.self_attn, config, _rope_table(model, layer.self_attn, length))
+    checkpoint.check_fits(model.config.to_dict(), config)
+    for index, layer in enumerate(model.model.layers):
+        own = config.layer(index)
+        length = max(2 * own.window, own.window + CHUNK_LIMIT)
+        layer.self_attn = LigerAttention(layer.self_attn, own, _rope_table(model, layer.self_attn, length))
     model.config._attn_implementation = "liger"
     model.config.use_cache = False
     model.config.liger = config.to_dict()
@@ -59,12 +63,27 @@ def is_linearized(model: PreTrainedModel) -> bool:
     return isinstance(model.model.layers[0].self_attn, LigerAttention)
 
 
+@contextlib.contextmanager
+def softmax_attention(model: nn.Module, mode: Mode = "softmax") -> Iterator[None]:
+    """Within it, whole sequences go through the base model's own attention: the same weights, not yet linearized.
+
+    `mode` "transfer" does so too, and leaves each layer's `transfer_loss` (LoLCATs' first stage).
+    """
+    layers = [module for module in model.modules() if isinstance(module, LigerAttention)]
+    for layer in layers:
+        layer.mode = mode
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.mode = "liger"
+
+
 def liger_config(model: PreTrainedModel) -> LigerConfig:
     """The configuration a model was linearized with."""
     if not is_linearized(model):
         raise ConfigError("this is a softmax-attention model: linearize it, or convert its checkpoint, first")
-    config: LigerConfig = model.model.layers[0].self_attn.liger
-    return config
+    return LigerConfig.from_dict(model.config.liger)
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
@@ -93,7 +112,24 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -
             f"{path} is a softmax-attention checkpoint: run `liger-deploy convert --model {path} --out DIR` first"
         )
     config = LigerConfig.from_dict(values["liger"], f"{path / 'config.json'}: liger")
-    return linearize(load_base_model(path, dtype), config).eval()
+    model = linearize(load_base_model(path, dtype), config).eval()
+    _load_learned(model, path)
+    return model
+
+
+def _load_learned(model: PreTrainedModel, path: Path) -> None:
+    """Parameters that the base model does not have (LoLCATs'), where the checkpoint holds them: all or none."""
+    wanted = {name: p for name, p in model.named_parameters() if ".lolcats." in name}
+    found: dict[str, torch.Tensor] = {}
+    for file in checkpoint.weight_files(path) if wanted else []:
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in wanted.keys() & set(tensors.keys())}
+    if found and (missing := sorted(wanted.keys() - found.keys())):
+        raise CheckpointError(f"{path} lacks {len(missing)} weights, the first is {missing[0]!r}")
+    for name, tensor in sorted(found.items()):
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(f"{path}: {name!r} is {list(tensor.shape)}, not {list(wanted[name].shape)}")
+        wanted[name].data.copy_(tensor)
 
 
 def load_base_model(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -141,7 +177,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _rope_table(model: PreTrainedModel, attention: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rope_table(model: PreTrainedModel, attention: nn.Module, length: int) -> RopeTable:
     """cos and sin [length, rotary dim] for positions 0 .. length-1, angles in float64, from the model's frequencies.
 
     The rotary dim is 0 in a layer without RoPE (SmolLM 3). Some models turn each layer type differently (Gemma 3).
@@ -150,7 +186,7 @@ def _rope_table(model: PreTrainedModel, attention: nn.Module, length: int) -> tu
     prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
     frequencies = getattr(rotary, f"{prefix}inv_freq").double()
     scale = getattr(rotary, f"{prefix}attention_scaling")
-    angles = torch.arange(length, device=frequencies.device)[:, None] * frequencies.repeat(2)
     if not getattr(attention, "use_rope", True):
-        angles = angles[:, :0]
-    return (angles.cos() * scale).float(), (angles.sin() * scale).float()
+        frequencies = frequencies[:0]
+    angles = torch.arange(length, device=frequencies.device)[:, None] * frequencies.repeat(2)
+    return RopeTable((angles.cos() * scale).float(), (angles.sin() * scale).float(), frequencies, scale)

@@ -12,12 +12,17 @@ positive, and it is summed directly rather than taken as a difference of cumulat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# q, k, v, log-decay, state -> output, state
+Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK = 64
 SUB_CHUNK = 16
+FORGET = -1e4  # a log-decay that empties the state: its exponential is 0, and 0 times it is 0
 
 
 def gated_step(

@@ -24,16 +24,51 @@ def recurrent(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, alpha_TC: Tensor) -> tup
     return torch.stack(outs), state_KV
 
 
-def window(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, keys: int, scale: float, frequencies: Tensor) -> Tensor:
-    """Eq. 10 for one head: softmax over the last `keys` keys, the current one included, with rotary embedding."""
+def window(
+    q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, keys: int, scale: float, frequencies: Tensor, sinks: int = 0
+) -> Tensor:
+    """Eq. 10 for one head: softmax over the last `keys` keys, the current one included, with rotary embedding.
+
+    The first `sinks` keys stay visible; once out of the window they score as if `keys` tokens away (LM-Infinite,
+    arXiv 2308.16137: the distance limit).
+    """
     q_TK, k_TK, v_TV = q_TK.double(), k_TK.double(), v_TV.double()
     outs = []
     for t in range(len(q_TK)):
-        first = max(0, t - keys + 1)
-        q_K = rotate(q_TK[t], t, frequencies)
-        scores = torch.stack([q_K @ rotate(k_TK[j], j, frequencies) * scale for j in range(first, t + 1)])
-        outs.append(scores.softmax(0) @ v_TV[first : t + 1])
+        seen = [j for j in range(t + 1) if j > t - keys or j < sinks]
+        turned = [rotate(q_TK[t], min(t - j, keys), frequencies) for j in seen]
+        scores = torch.stack([q_K @ k_TK[j] * scale for q_K, j in zip(turned, seen, strict=True)])
+        outs.append(scores.softmax(0) @ v_TV[seen])
     return torch.stack(outs)
+
+
+def lolcats(
+    q_TK: Tensor,
+    k_TK: Tensor,
+    v_TV: Tensor,
+    keys: int,
+    scale: float,
+    frequencies: Tensor,
+    maps: tuple[Tensor, Tensor],
+    gamma: float,
+) -> Tensor:
+    """LoLCATs (arXiv 2410.10254) for one query head: a softmax window and learned features, one denominator."""
+    q_TK, k_TK = (torch.stack([rotate(x.double(), t, frequencies) for t, x in enumerate(xs)]) for xs in (q_TK, k_TK))
+    q_TF, k_TF = (_features(x, m.double()) for x, m in zip((q_TK, k_TK), maps, strict=True))
+    outs = []
+    for t in range(len(q_TK)):
+        first = max(0, t - keys + 1)
+        scores = k_TK[first : t + 1] @ q_TK[t] * scale
+        near = gamma * (scores - scores.max()).exp()
+        far = k_TF[:first] @ q_TF[t]
+        weights = torch.cat([far, near])
+        outs.append(weights @ v_TV[: t + 1].double() / weights.sum())
+    return torch.stack(outs)
+
+
+def _features(x_TK: Tensor, map_KF: Tensor) -> Tensor:
+    x_TF = x_TK @ map_KF
+    return torch.cat([x_TF.softmax(-1), (-x_TF).softmax(-1)], -1).clamp(min=1e-12)
 
 
 def rotate(x_K: Tensor, position: int, frequencies: Tensor) -> Tensor:
@@ -83,7 +118,7 @@ def attention(
     q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, config: LigerConfig, frequencies: Tensor, head: int = 0
 ) -> Tensor:
     """Eq. 9 for one head: recurrent_weight * Eq. 7 + window_weight * Eq. 10. `head` numbers the KV head."""
-    near = window(q_TK, k_TK, v_TV, config.window, 1 / math.sqrt(q_TK.shape[1]), frequencies)
+    near = window(q_TK, k_TK, v_TV, config.window, 1 / math.sqrt(q_TK.shape[1]), frequencies, config.sinks)
     if config.structure == "window":
         return config.window_weight * near
     decay = alpha(pool(k_TK, config), config, head)

@@ -41,10 +41,10 @@ class _Stateful(nn.Module):
         )
 
     def _unflatten(self, state: tuple[Tensor, ...], valid: Tensor | None) -> ModelState:
-        *tensors, length = state
-        width = len(tensors) // self.layers
-        layers = [tuple(tensors[i : i + width]) for i in range(0, len(tensors), width)]
-        return ModelState([LayerState(layer[:-2], *layer[-2:]) for layer in layers], length, valid)
+        layers: list[list[Tensor]] = [[] for _ in range(self.layers)]
+        for spec, tensor in zip(self.spec.tensors[:-1], state, strict=False):
+            layers[int(spec.name.split(".")[1])].append(tensor)
+        return ModelState([LayerState(tuple(x[:-2]), *x[-2:]) for x in layers], state[-1], valid)
 
     def _run(self, tokens_BT: Tensor, state: ModelState) -> Tensor:
         positions = torch.zeros(1, 1, dtype=torch.long, device=tokens_BT.device)
@@ -55,8 +55,8 @@ class _Stateful(nn.Module):
 
 
 def state_dtype(name: str, canonical: str, model: torch.dtype) -> torch.dtype:
-    """Dtype of a state tensor inside a model's graph: windows follow the model, the rest is canonical."""
-    return model if ".window_" in name else getattr(torch, canonical)  # type: ignore[no-any-return]
+    """Dtype of a state tensor inside a model's graph: windows and sinks follow the model, the rest is canonical."""
+    return model if ".window_" in name or ".sink_" in name else getattr(torch, canonical)  # type: ignore[no-any-return]
 
 
 class StepModel(_Stateful):
