@@ -88,7 +88,10 @@ def state() -> str:
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
     for tokens in (1024, 8192, 131072):
         lines.append(f"| bfloat16 KV cache at {tokens:,} tokens | {cache * tokens / 2**20:,.0f} MiB |")
-    note = "Computed from `StateSpec`: float32 throughout, window of 64 keys; gsa with 64 slots, lolcats with 64 features, softmax layers with 4,096 keys."
+    note = (
+        "Computed from `StateSpec`: float32 throughout, window of 64 keys; gsa with 64 slots, "
+        "lolcats with 64 features, softmax layers with 4,096 keys."
+    )
     return "\n".join(["| Llama-3-8B shape, one sequence | memory |", "|---|---|", *lines, "", note])
 
 

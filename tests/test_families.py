@@ -189,7 +189,7 @@ def test_learned_maps_are_saved_and_loaded(tmp_path: Path) -> None:
         assert relative(base(tokens).logits, family("llama")(tokens).logits) == 0
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"features": 8', '"features": 9'))
-    with pytest.raises(ld.UserError, match=r"lolcats.map_q' is \[4, 16, 8\], not \[4, 16, 9\]"):
+    with pytest.raises(ld.UserError, match=r"lolcats.map_k' is \[4, 16, 8\], not \[4, 16, 9\]"):
         ld.load_model(tmp_path)
 
 
