@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import math
 import os
 import platform
-import sysconfig
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from stdlib_corpus import STDLIB, read_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -31,22 +30,6 @@ from liger_deploy.model.linearize import linearize, save_model
 END = "<|endoftext|>"
 CONTEXT = 1024
 BATCH = 64
-
-
-def read_corpus(root: Path) -> tuple[list[str], list[str]]:
-    """Python sources below `root`: (training files, held-out files). One file in twenty is held out, by its name."""
-    train, held_out = [], []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if "site-packages" in name or name.startswith(("encodings/", "pydoc_data/")):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        bucket = hashlib.sha256(name.encode()).digest()[0] % 20
-        (train if bucket else held_out).append(text)
-    return train, held_out
 
 
 def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
@@ -150,8 +133,7 @@ def save(model: PreTrainedModel, tokenizer: Tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    parser.add_argument("--corpus", type=Path, default=stdlib, help="folder of Python sources (the standard library)")
+    parser.add_argument("--corpus", type=Path, default=STDLIB, help="folder of Python sources (the standard library)")
     parser.add_argument("--minutes", type=float, default=5, help="training time of the base; the Liger form takes half")
     parser.add_argument("--vocab", type=int, default=2048)
     args = parser.parse_args()
@@ -165,7 +147,7 @@ def main() -> None:
     train_bytes, test_bytes = "".join(train_texts).encode(), "".join(test_texts).encode()
     report: dict[str, object] = {
         "python": platform.python_version(),
-        "corpus": f"Python {platform.python_version()} standard library" if args.corpus == stdlib else args.corpus.name,
+        "corpus": f"Python {platform.python_version()} standard library" if args.corpus == STDLIB else args.corpus.name,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "train_files": len(train_texts),

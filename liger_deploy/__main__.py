@@ -11,6 +11,9 @@ from liger_deploy import __version__
 # verb -> (module with main(argv), what it does)
 VERBS = {
     "convert": ("convert", "turn a Hugging Face checkpoint into its Liger form"),
+    "finetune": ("finetune", "repair a converted checkpoint with LoRA"),
+    "merge": ("merge", "put an adapter into its checkpoint"),
+    "evaluate": ("evaluate", "bits per byte of text under checkpoints, softmax or converted"),
     "export": ("export.__main__", "lower a Liger checkpoint to a bundle for one runtime"),
     "verify": ("verify", "prove that a bundle equals PyTorch: logits, state, tokens"),
     "generate": ("generate", "generate text with a bundle"),

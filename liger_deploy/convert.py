@@ -21,8 +21,6 @@ from liger_deploy.errors import CheckpointError
 from liger_deploy.files import staged_directory, write_json
 from liger_deploy.gates import STRUCTURES
 
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
-
 
 def convert(model: str | os.PathLike[str], out: str | os.PathLike[str], config: LigerConfig | None = None) -> Path:
     """Write the Liger form of checkpoint `model` (a directory, or a hub id) to the directory `out`.
@@ -41,17 +39,11 @@ def convert(model: str | os.PathLike[str], out: str | os.PathLike[str], config: 
     checkpoint.check_fits(values, config, source)
     weights = checkpoint.weight_files(source)
     with staged_directory(out) as stage:
-        for path in _companions(source):
+        for path in checkpoint.companions(source):
             shutil.copy(path, stage / path.name)
         write_json(stage / "config.json", {**values, "liger": config.to_dict()})
         _copy_weights(weights, stage)
     return Path(out)
-
-
-def _companions(source: Path) -> list[Path]:
-    """Tokenizer, generation settings, index, licence."""
-    found = {path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}
-    return sorted(found - {source / "config.json"})
 
 
 def _copy_weights(weights: list[Path], stage: Path) -> None:
@@ -79,8 +71,10 @@ def _local(model: str | os.PathLike[str]) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
+    from liger_deploy.model.checkpoint import COMPANIONS
+
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", *COPIED]))
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", *COMPANIONS]))
     except Exception as error:
         reason = type(error).__name__
         raise CheckpointError(f"{model} is no directory, and could not be downloaded from the hub ({reason})") from None

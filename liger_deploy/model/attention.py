@@ -187,7 +187,8 @@ class LigerAttention(nn.Module):
         if self.mode == "transfer":
             with torch.enable_grad():
                 ours = self._sequence(*heads, segments)
-                self.transfer_loss = (ours.float() - teacher.float()).square().mean()
+                errors = (ours.float() - teacher.float()).square().mean((2, 3, 4))
+                self.transfer_loss = errors[segments.number > 0].mean()
         return teacher
 
     def _project(self, x_BTD: Tensor) -> Heads:

@@ -14,6 +14,7 @@ from liger_deploy.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
 # What is known to hold for each family (rung 3 of the parity ladder proves it).
 SUPPORTED: dict[str, str] = {
@@ -79,6 +80,20 @@ def _positive(values: dict[str, Any], name: str, where: str) -> int:
     if type(value) is not int or value < 1:
         raise CheckpointError(f"{where}{name} must be a positive integer, not {value!r}")
     return value
+
+
+def dtype(values: dict[str, Any]) -> str:
+    """Floating dtype that `config.json` names; float32 where it names none."""
+    name = values.get("dtype") or values.get("torch_dtype") or "float32"
+    if name not in ("float32", "float16", "bfloat16"):
+        raise CheckpointError(f"config.json: dtype must be float32, float16 or bfloat16, not {name!r}")
+    return str(name)
+
+
+def companions(path: Path) -> list[Path]:
+    """What belongs to a checkpoint beside config.json and the weights: tokenizer, generation settings, licence."""
+    found = {file for pattern in COMPANIONS for file in path.glob(pattern) if file.is_file()}
+    return sorted(found - {path / "config.json"})
 
 
 def weight_files(path: Path) -> list[Path]:

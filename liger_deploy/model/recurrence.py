@@ -22,7 +22,7 @@ from torch import Tensor
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK = 64
 SUB_CHUNK = 16
-FORGET = -1e4  # a log-decay that empties the state: its exponential is 0, and 0 times it is 0
+FORGET = -100.0  # a log-decay that empties the state: its exponential is 4e-44
 
 
 def gated_step(
