@@ -153,10 +153,13 @@ def finetune(
         raise UserError(f"{target} already exists: give another --out, or remove it first")
     loaded = _load(source, (options or FinetuneOptions()).dtype)
     options = (options or FinetuneOptions()).resolved(liger_config(loaded))
-    run = {"model": fingerprint(loaded), "data": data, "options": dataclasses.asdict(options)}
-    _claim(work, run, resume)
+    run = _run_values(fingerprint(loaded), data, options)
+    _check_work(work, run, resume)
     trained = _trainable(loaded, options)
     train, held_out = _blocks(source, data, options)
+    if _rank() == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / RUN, run)
     trainer = _trainer(trained, train, held_out, work, options)
     trainer.train(resume_from_checkpoint=str(last) if resume and (last := _last_checkpoint(work)) else None)
     trainer.save_model(str(work / "final"))
@@ -174,21 +177,23 @@ def _load(source: Path, dtype: str) -> PreTrainedModel:
     return load_model(source, None if dtype == "auto" else getattr(torch, dtype))
 
 
-def _claim(work: Path, run: dict[str, Any], resume: bool) -> None:
-    """Begin a run in `work`, or make sure that the one there is the same."""
-    values = run | {"options": {k: list(v) if isinstance(v, tuple) else v for k, v in run["options"].items()}}
+def _run_values(model: str, data: str, options: FinetuneOptions) -> dict[str, Any]:
+    """What makes two runs the same, as JSON."""
+    values = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(options).items()}
+    return {"model": model, "data": data, "options": values}
+
+
+def _check_work(work: Path, run: dict[str, Any], resume: bool) -> None:
+    """Nothing is in the way of a new run; or what is there to resume is this run."""
     if not resume:
         if (work / RUN).exists() and _rank() == 0:
             raise UserError(f"{work} holds an interrupted run: continue it with --resume, or remove it")
-        if _rank() == 0:
-            work.mkdir(parents=True, exist_ok=True)
-            write_json(work / RUN, values)
         return
     if not (work / RUN).exists():
         raise UserError(f"there is nothing to resume: {work} does not exist")
     before = read_json(work / RUN)
-    changed = [key for key in ("model", "data") if before.get(key) != values[key]]
-    changed += [key for key, value in values["options"].items() if before.get("options", {}).get(key) != value]
+    changed = [key for key in ("model", "data") if before.get(key) != run[key]]
+    changed += [key for key, value in run["options"].items() if before.get("options", {}).get(key) != value]
     if changed:
         raise UserError(f"{work} was begun with another {', '.join(changed)}: resume with the same, or remove it")
 
@@ -251,7 +256,8 @@ def _blocks(source: Path, data: str, options: FinetuneOptions) -> tuple[list[Any
         other = read_corpus(options.eval_data, tokenizer, options.train_on_prompt)
         _report(options.eval_data, other)
         held_out = other.documents
-    elif (count := int(len(documents) * options.eval_fraction)) > 0:
+    elif options.eval_fraction and len(documents) > 1:
+        count = max(1, int(len(documents) * options.eval_fraction))
         every = len(documents) // count
         held_out = documents[::every][:count]
         documents = [d for i, d in enumerate(documents) if i % every or i >= every * count]
@@ -260,6 +266,8 @@ def _blocks(source: Path, data: str, options: FinetuneOptions) -> tuple[list[Any
         if int(longest.ids.max()) >= vocab:
             raise CheckpointError(f"{source}: its tokenizer makes ids beyond the model's {vocab}")
     train, test = (pack(x, options.max_length, options.packing) for x in (documents, held_out))
+    if options.patience and not test:
+        raise UserError("--patience needs evaluation data: give --eval-data, or an --eval-fraction above 0")
     if not train:
         raise UserError(f"{data} holds too little to fill a block: lower --max-length (now {options.max_length})")
     return train, test

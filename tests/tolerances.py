@@ -11,3 +11,6 @@ MODEL = 2e-5
 
 # The untouched Hugging Face model against the same function in our form: order of sums and nothing else.
 SAME_FUNCTION = 2e-6
+
+# W + BA against W and BA apart: one rounding of the weights, float32.
+MERGED = 1e-5
