@@ -17,13 +17,11 @@ PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy
 
 def write(name: str, command: str, figures: object) -> Path:
     """Write benchmarks/results/NAME.json."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     values = {
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() + ("+changes" if dirty else ""),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "commit": os.environ.get("COMMIT") or _commit(),  # the variable serves a machine that has no git history
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()} | _gpu(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "figures": figures,
     }
@@ -32,6 +30,18 @@ def write(name: str, command: str, figures: object) -> Path:
     path.write_text(json.dumps(values, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
     return path
+
+
+def _commit() -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return commit.stdout.strip() + ("+changes" if dirty else "")
+
+
+def _gpu() -> dict[str, str]:
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _cpu() -> str:

@@ -1,0 +1,430 @@
+"""What is recovered: one base model, every structure tuned with the same data, order and budget.
+
+    python -m benchmarks.recovery base --out DIR [--minutes 2.5]      trains the base model: minutes on one GPU
+    python -m benchmarks.recovery arms --base DIR [--tokens 3000000]  tunes every arm; writes recovery.json
+
+Corpus: the Python sources of installed packages, one file in twenty held out by the hash of its name, and a tenth of
+synthetic recall blocks: eight random pairs of tokens, a stretch of code, then the question for each pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.report import write
+from liger_deploy.config import LigerConfig
+from liger_deploy.model.attention import LigerAttention
+from liger_deploy.model.linearize import linearize, softmax_attention
+
+PACKAGES = ("torch", "sympy", "pandas", "scipy", "sklearn", "networkx", "numpy", "matplotlib")
+LENGTH, VOCAB, WINDOW = 1024, 4096, 32
+PAIR, ASK = 1, 2  # special tokens of the recall blocks; 0 begins a file
+PAIRS, CHOICES = 8, 512  # pairs in a recall block; keys and values are drawn from so many ordinary tokens
+GAPS = (8, 64, 256, 768)  # tokens between the last pair and the first question, when tested
+BUCKETS = ((0, 32), (32, 128), (128, 256), (256, 512), (512, 1023))
+BATCH = 16  # blocks a step of tuning
+
+# name -> (LigerConfig fields, or None for the untouched base model; what else is special)
+ARMS: dict[str, tuple[dict[str, Any] | None, str]] = {
+    "softmax + LoRA": (None, ""),
+    "window, weight 1": ({"structure": "window", "window_weight": 1.0}, ""),
+    "window, weight 0.5": ({"structure": "window"}, ""),
+    "no gate": ({"structure": "linear"}, ""),
+    "fixed decay": ({"structure": "fixed_decay"}, ""),
+    "Liger-GLA": ({"structure": "gla"}, ""),
+    "Liger-HGRN2": ({"structure": "hgrn2"}, ""),
+    "Liger-GSA": ({"structure": "gsa", "slots": 32}, ""),
+    "Liger-mLSTM": ({"structure": "mlstm", "gate_normalizer": 16.0}, ""),
+    "Liger-GLA, no window": ({"structure": "gla", "recurrent_weight": 1.0, "window_weight": 0.0, "window": 1}, ""),
+    "no gate, no window": ({"structure": "linear", "recurrent_weight": 1.0, "window_weight": 0.0, "window": 1}, ""),
+    "Liger-GLA + distillation": ({"structure": "gla"}, "distill"),
+    "LoLCATs": ({"structure": "lolcats", "features": 32}, "transfer"),
+    "Liger-GLA, every fourth layer softmax": ({"structure": "gla", "softmax_layers": (3, 7)}, ""),
+}
+RATES = (1e-3, 3e-3)  # tried for each arm with the first seed; the better on the validation blocks is kept
+SEEDS = (0, 1, 2)
+PAIRED = [
+    ("Liger-GLA", "no gate"),
+    ("Liger-GLA", "fixed decay"),
+    ("Liger-GLA", "window, weight 1"),
+    ("Liger-GLA", "window, weight 0.5"),
+    ("Liger-GLA", "LoLCATs"),
+    ("Liger-GLA + distillation", "Liger-GLA"),
+    ("Liger-GLA, no window", "no gate, no window"),
+]
+
+
+# --- corpus -----------------------------------------------------------------------------------------------------------
+
+
+def read_texts(limit: int) -> tuple[list[str], list[str]]:
+    """(training files, held-out files) of PACKAGES, at most `limit` bytes, each text once."""
+    train, held_out, seen, size = [], [], set(), 0
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            continue
+        root = Path(spec.submodule_search_locations[0])
+        for path in sorted(root.rglob("*.py")):
+            data = path.read_bytes()
+            digest = hashlib.sha256(data).digest()
+            if digest in seen or not 500 < len(data) < 300_000 or size > limit:
+                continue
+            seen.add(digest)
+            size += len(data)
+            name = f"{package}/{path.relative_to(root).as_posix()}"
+            bucket = hashlib.sha256(name.encode()).digest()[0] % 20
+            (train if bucket else held_out).append(data.decode(errors="ignore"))
+    return train, held_out
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<file>", "<pair>", "<ask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts[::8], trainer)
+    return tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+    ids = [np.array([0, *text.ids], np.int16) for text in tokenizer.encode_batch(texts)]
+    return torch.from_numpy(np.concatenate(ids))
+
+
+def recall_block(code: torch.Tensor, gap: int, generator: torch.Generator) -> torch.Tensor:
+    """[LENGTH] ids: code, pairs, `gap` tokens of code, questions with answers, code to the end."""
+    keys = 300 + torch.randperm(CHOICES, generator=generator)[:PAIRS]
+    values = 300 + torch.randint(CHOICES, (PAIRS,), generator=generator)
+    order = torch.randperm(PAIRS, generator=generator)
+    pairs = torch.stack([torch.full_like(keys, PAIR), keys, values], 1).flatten()
+    asked = torch.stack([torch.full_like(keys, ASK), keys[order], values[order]], 1).flatten()
+    before = int(torch.randint(LENGTH - 2 * len(pairs) - gap, (1,), generator=generator))
+    parts = [code[:before], pairs, code[before : before + gap], asked, code[before + gap :]]
+    return torch.cat([part.long() for part in parts])[:LENGTH]
+
+
+def sample(stream: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """[count, LENGTH] training blocks: random places of the stream, a tenth of them with pairs to recall."""
+    begin = torch.randint(len(stream) - LENGTH, (count,), generator=generator)
+    blocks = stream[begin[:, None] + torch.arange(LENGTH)].long()
+    for row in range(0, count, 10):
+        gap = int(torch.randint(LENGTH - 6 * PAIRS - 1, (1,), generator=generator))
+        blocks[row] = recall_block(blocks[row], gap, generator)
+    return blocks
+
+
+# --- the base model ---------------------------------------------------------------------------------------------------
+
+
+def new_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def train_base(out: Path, minutes: float, limit: int) -> None:
+    """Write the model (bfloat16), the tokenized split and the report of its training into `out`."""
+    torch.manual_seed(0)
+    out.mkdir(parents=True, exist_ok=True)
+    texts, held_out = read_texts(limit)
+    tokenizer = train_tokenizer(texts)
+    stream, test = tokenize(tokenizer, texts), tokenize(tokenizer, held_out)
+    model = new_model().cuda()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    fast, generator = torch.compile(model), torch.Generator().manual_seed(0)
+    step, rows, start = 0, 64, 0.0
+    while not start or time.monotonic() - start < 60 * minutes:
+        done = (time.monotonic() - start) / (60 * minutes) if start else 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * min(done, 1))) / 2)
+        blocks = sample(stream, rows, generator).cuda(non_blocking=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = fast(blocks[:, :-1]).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), blocks[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        start = start or time.monotonic()  # the first step compiles
+        step += 1
+        if step % 100 == 0:
+            print(f"step {step} loss {loss.item():.3f} {step * rows * LENGTH / 1e6:.0f}M tokens", flush=True)
+    model.to(torch.bfloat16).save_pretrained(out, max_shard_size="14MB")
+    keep = min(len(stream), 7_000_000)  # arms are tuned on this part, so that the folder stays small
+    np.save(out / "train.npy", stream[:keep].numpy())
+    np.save(out / "test.npy", test[:4_000_000].numpy())
+    report = {
+        "parameters": sum(p.numel() for p in parameters),
+        "tokens": step * rows * LENGTH,
+        "minutes": minutes,
+        "packages": PACKAGES,
+        "train_bytes": sum(len(text.encode()) for text in texts),
+        "train_tokens": len(stream),
+        "held_out_tokens": len(test),
+        "device": torch.cuda.get_device_name(),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2))
+    print(json.dumps(report))
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+
+class Data:
+    """What every arm shares: tuning blocks by seed, validation and test blocks, recall blocks by gap."""
+
+    def __init__(self, base: Path, test_blocks: int) -> None:
+        self.train = torch.from_numpy(np.load(base / "train.npy"))
+        held_out = torch.from_numpy(np.load(base / "test.npy")).long()
+        blocks = held_out[: len(held_out) // LENGTH * LENGTH].view(-1, LENGTH)
+        self.validation, self.test = blocks[:96], blocks[96 : 96 + test_blocks]
+        generator = torch.Generator().manual_seed(7)
+        rows = [row for row in blocks[-64:] for _ in range(2)]
+        self.recall = {gap: torch.stack([recall_block(row, gap, generator) for row in rows]) for gap in GAPS}
+
+
+def build(base: Path, name: str) -> torch.nn.Module:
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).cuda()
+    config = ARMS[name][0]
+    # Softmax arms run through the same module in softmax mode (equal to the base model: rung 3 of the tests).
+    return linearize(model, LigerConfig(**({"window": WINDOW} | (config or {}))))
+
+
+def mode(model: torch.nn.Module, name: str) -> Any:
+    return softmax_attention(model, "softmax" if ARMS[name][0] is None else "liger")
+
+
+def losses(model: torch.nn.Module, blocks: torch.Tensor, name: str) -> torch.Tensor:
+    """Cross-entropy of every predicted token, [blocks, LENGTH - 1], nats."""
+    found = []
+    with torch.no_grad(), mode(model, name):
+        for part in blocks.split(32):
+            ids = part.cuda()
+            logits = model(input_ids=ids).logits[:, :-1].float()
+            found.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu())
+    return torch.cat(found)
+
+
+def recall(model: torch.nn.Module, data: Data, name: str) -> dict[str, float]:
+    """Share of answers that are the most likely token, by gap."""
+    found = {}
+    with torch.no_grad(), mode(model, name):
+        for gap, blocks in data.recall.items():
+            right = total = 0
+            for part in blocks.split(32):
+                ids = part.cuda()
+                guess = model(input_ids=ids).logits.argmax(-1)[:, 1:-1]
+                answers = ids[:, :-2] == ASK  # the key follows, then the value
+                right += int(((guess == ids[:, 2:]) & answers).sum())
+                total += int(answers.sum())
+            found[str(gap)] = right / total
+    return found
+
+
+def adapt(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]))
+
+
+def tune(model: torch.nn.Module, data: Data, name: str, rate: float, seed: int, tokens: int, transfer: bool) -> None:
+    """AdamW at a constant rate, clipped at 1, the same blocks in the same order for every arm of a seed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0 if transfer else 0.01, fused=True)
+    generator = torch.Generator().manual_seed(1000 + seed + 500 * transfer)
+    for _ in range(tokens // (BATCH * LENGTH)):
+        ids = sample(data.train, BATCH, generator).cuda()
+        loss = transfer_loss(model, ids) if transfer else tuning_loss(model, ids, name)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def tuning_loss(model: torch.nn.Module, ids: torch.Tensor, name: str) -> torch.Tensor:
+    with mode(model, name):
+        logits = model(input_ids=ids).logits[:, :-1].float()
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    if ARMS[name][1] == "distill":
+        with torch.no_grad(), model.disable_adapter(), softmax_attention(model):
+            teacher = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+        pairs = logits.log_softmax(-1).flatten(0, 1), teacher.flatten(0, 1)
+        loss = loss + F.kl_div(*pairs, log_target=True, reduction="batchmean")
+    return loss
+
+
+def transfer_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), softmax_attention(model, "transfer"):
+        model(input_ids=ids, logits_to_keep=1)
+    layers = [m.transfer_loss for m in model.modules() if isinstance(m, LigerAttention) and m.transfer_loss is not None]
+    return 1000 * torch.stack(layers).mean()
+
+
+_shared: dict[str, Any] = {}
+
+
+def start_worker(base: Path, test_blocks: int) -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(1)
+    _shared.update(base=base, data=Data(base, test_blocks))
+
+
+def run(job: tuple[str, float, int, int]) -> dict[str, Any]:
+    """One arm, rate, seed: tuned and tested. LoLCATs spends half its tokens on the transfer of attention."""
+    name, rate, seed, tokens = job
+    data: Data = _shared["data"]
+    started, model = time.monotonic(), build(_shared["base"], name)
+    if ARMS[name][1] == "transfer" and tokens:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(".lolcats." in key)
+        tune(model, data, name, 1e-2, seed, tokens // 2, True)
+        tokens //= 2
+    if tokens:
+        model = adapt(model, seed)
+        tune(model, data, name, rate, seed, tokens, False)
+    test = losses(model, data.test, name)
+    return {
+        "arm": name,
+        "rate": rate,
+        "seed": seed,
+        "tokens": job[3],
+        "validation": losses(model, data.validation, name).mean().item(),
+        "test": test.mean().item(),
+        "buckets": {f"{a}-{b}": test[:, a:b].mean().item() for a, b in BUCKETS},
+        "recall": recall(model, data, name),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad) if tokens else 0,
+        "seconds": time.monotonic() - started,
+        "blocks": test.mean(1).tolist(),
+    }
+
+
+def arms(base: Path, tokens: int, workers: int, minutes: float, test_blocks: int) -> dict[str, Any]:
+    """Every arm untuned; both rates with the first seed; the better rate with the other seeds."""
+    deadline, runs = time.monotonic() + 60 * minutes, list[dict[str, Any]]()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, start_worker, (base, test_blocks)) as pool, tqdm(unit="run") as bar:
+
+        def go(jobs: list[tuple[str, float, int, int]]) -> list[dict[str, Any]]:
+            done = []
+            for result in pool.imap_unordered(run, jobs):
+                done.append(result)
+                bar.update()
+                bar.set_postfix(arm=result["arm"], test=f"{result['test']:.3f}", seconds=f"{result['seconds']:.0f}")
+                if time.monotonic() > deadline:
+                    print("out of time: the remaining runs are left out", flush=True)
+                    pool.terminate()
+                    break
+            return done
+
+        runs += go([(name, 0.0, 0, 0) for name in ARMS])
+        runs += go([(name, rate, SEEDS[0], tokens) for name in ARMS for rate in RATES])
+        best = {name: min(tried, key=lambda r: r["validation"])["rate"] for name in ARMS if (tried := _of(runs, name))}
+        if time.monotonic() < deadline:
+            runs += go([(name, best[name], seed, tokens) for seed in SEEDS[1:] for name in best])
+    return summarize(runs, best)
+
+
+def _of(runs: list[dict[str, Any]], name: str, rate: float | None = None) -> list[dict[str, Any]]:
+    return [r for r in runs if r["arm"] == name and r["tokens"] and rate in (None, r["rate"])]
+
+
+def summarize(runs: list[dict[str, Any]], best: dict[str, float]) -> dict[str, Any]:
+    """A row an arm (means over seeds at its best rate), and paired differences with standard errors."""
+    table, blocks = {}, {}
+    for name, rate in best.items():
+        kept = sorted(_of(runs, name, rate), key=lambda r: r["seed"])
+        tests = np.array([r["test"] for r in kept])
+        blocks[name] = np.array([r["blocks"] for r in kept])
+        untuned = next(r for r in runs if r["arm"] == name and not r["tokens"])
+        table[name] = {
+            "rate": rate,
+            "seeds": len(kept),
+            "untuned": untuned["test"],
+            "test": tests.mean(),
+            "spread": tests.std(ddof=1) if len(kept) > 1 else None,
+            "buckets": {key: float(np.mean([r["buckets"][key] for r in kept])) for key in kept[0]["buckets"]},
+            "recall": {key: float(np.mean([r["recall"][key] for r in kept])) for key in kept[0]["recall"]},
+            "untuned_recall": untuned["recall"],
+            "untuned_buckets": untuned["buckets"],
+            "trainable": kept[0]["trainable"],
+        }
+    pairs = [paired(blocks[a], blocks[b], a, b) for a, b in PAIRED if a in blocks and b in blocks]
+    plain = [{key: value for key, value in r.items() if key != "blocks"} for r in runs]
+    return {"arms": table, "paired": pairs, "runs": plain}
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray, name: str, other: str) -> dict[str, Any]:
+    """Mean of loss(name) - loss(other), and its standard error over seeds and over test blocks."""
+    seeds = min(len(ours), len(theirs))
+    difference = ours[:seeds] - theirs[:seeds]
+    by_seed, by_block = difference.mean(1), difference.mean(0)
+    return {
+        "arm": name,
+        "minus": other,
+        "difference": float(difference.mean()),
+        "error_over_seeds": float(by_seed.std(ddof=1) / math.sqrt(seeds)) if seeds > 1 else None,
+        "error_over_blocks": float(by_block.std(ddof=1) / math.sqrt(len(by_block))),
+        "seeds": seeds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["base", "arms"])
+    parser.add_argument("--out", type=Path, default=Path("recovery-base"))
+    parser.add_argument("--base", type=Path, default=Path("recovery-base"))
+    parser.add_argument(
+        "--minutes", type=float, default=2.5, help="of base training, or the most that all arms may take"
+    )
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="of tuning, for each arm")
+    parser.add_argument("--workers", type=int, default=8, help="arms that share the GPU")
+    parser.add_argument("--test-blocks", type=int, default=1024)
+    parser.add_argument("--limit", type=int, default=150_000_000, help="bytes of corpus")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    if args.what == "base":
+        train_base(args.out, args.minutes, args.limit)
+        return
+    found = arms(args.base, args.tokens, args.workers, args.minutes, args.test_blocks)
+    found["base"] = json.loads((args.base / "report.json").read_text())
+    found["settings"] = {
+        "tokens": args.tokens,
+        "window": WINDOW,
+        "length": LENGTH,
+        "batch": BATCH,
+        "rates": RATES,
+        "test_tokens": args.test_blocks * (LENGTH - 1),
+    }
+    write("recovery", "python -m benchmarks.recovery arms", found)
+    for name, row in found["arms"].items():
+        print(f"{name:40} {row['untuned']:.3f} -> {row['test']:.4f}  recall {row['recall']}")
+
+
+if __name__ == "__main__":
+    main()
