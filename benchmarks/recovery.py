@@ -1,6 +1,7 @@
 """What is recovered: one base model, every structure tuned with the same data, order and budget.
 
     python -m benchmarks.recovery base --out DIR [--minutes 2.5]      trains the base model: minutes on one GPU
+    python -m benchmarks.recovery corpus --out DIR                    its corpus alone, on the machine that had it
     python -m benchmarks.recovery arms --base DIR [--tokens 3000000]  tunes every arm; writes recovery.json
 
 Corpus: the Python sources of installed packages, one file in twenty held out by the hash of its name, and a tenth of
@@ -37,6 +38,7 @@ PAIR, ASK = 1, 2  # special tokens of the recall blocks; 0 begins a file
 PAIRS, CHOICES = 8, 512  # pairs in a recall block; keys and values are drawn from so many ordinary tokens
 GAPS = (8, 64, 256, 768)  # tokens between the last pair and the first question, when tested
 BUCKETS = ((0, 32), (32, 128), (128, 256), (256, 512), (512, 1023))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 16  # blocks a step of tuning
 
 # name -> (LigerConfig fields, or None for the untouched base model; what else is special)
@@ -112,6 +114,17 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(ids))
 
 
+def write_corpus(out: Path, limit: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Tokens to train on, tokens held out, bytes of the former; kept in `out` too."""
+    out.mkdir(parents=True, exist_ok=True)
+    texts, held_out = read_texts(limit)
+    tokenizer = train_tokenizer(texts)
+    stream, test = tokenize(tokenizer, texts), tokenize(tokenizer, held_out)
+    np.save(out / "train.npy", stream.numpy())
+    np.save(out / "test.npy", test.numpy())
+    return stream, test, sum(len(text.encode()) for text in texts)
+
+
 def recall_block(code: torch.Tensor, gap: int, generator: torch.Generator) -> torch.Tensor:
     """[LENGTH] ids: code, pairs, `gap` tokens of code, questions with answers, code to the end."""
     keys = 300 + torch.randperm(CHOICES, generator=generator)[:PAIRS]
@@ -149,10 +162,7 @@ def new_model() -> LlamaForCausalLM:
 def train_base(out: Path, minutes: float, limit: int) -> None:
     """Write the model (bfloat16), the tokenized split and the report of its training into `out`."""
     torch.manual_seed(0)
-    out.mkdir(parents=True, exist_ok=True)
-    texts, held_out = read_texts(limit)
-    tokenizer = train_tokenizer(texts)
-    stream, test = tokenize(tokenizer, texts), tokenize(tokenizer, held_out)
+    stream, test, size = write_corpus(out, limit)
     model = new_model().cuda()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -175,15 +185,12 @@ def train_base(out: Path, minutes: float, limit: int) -> None:
         if step % 100 == 0:
             print(f"step {step} loss {loss.item():.3f} {step * rows * LENGTH / 1e6:.0f}M tokens", flush=True)
     model.to(torch.bfloat16).save_pretrained(out, max_shard_size="14MB")
-    keep = min(len(stream), 7_000_000)  # arms are tuned on this part, so that the folder stays small
-    np.save(out / "train.npy", stream[:keep].numpy())
-    np.save(out / "test.npy", test[:4_000_000].numpy())
     report = {
         "parameters": sum(p.numel() for p in parameters),
         "tokens": step * rows * LENGTH,
         "minutes": minutes,
         "packages": PACKAGES,
-        "train_bytes": sum(len(text.encode()) for text in texts),
+        "train_bytes": size,
         "train_tokens": len(stream),
         "held_out_tokens": len(test),
         "device": torch.cuda.get_device_name(),
@@ -209,7 +216,7 @@ class Data:
 
 
 def build(base: Path, name: str) -> torch.nn.Module:
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).cuda()
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).to(DEVICE)
     config = ARMS[name][0]
     # Softmax arms run through the same module in softmax mode (equal to the base model: rung 3 of the tests).
     return linearize(model, LigerConfig(**({"window": WINDOW} | (config or {}))))
@@ -224,7 +231,7 @@ def losses(model: torch.nn.Module, blocks: torch.Tensor, name: str) -> torch.Ten
     found = []
     with torch.no_grad(), mode(model, name):
         for part in blocks.split(32):
-            ids = part.cuda()
+            ids = part.to(DEVICE)
             logits = model(input_ids=ids).logits[:, :-1].float()
             found.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu())
     return torch.cat(found)
@@ -237,7 +244,7 @@ def recall(model: torch.nn.Module, data: Data, name: str) -> dict[str, float]:
         for gap, blocks in data.recall.items():
             right = total = 0
             for part in blocks.split(32):
-                ids = part.cuda()
+                ids = part.to(DEVICE)
                 guess = model(input_ids=ids).logits.argmax(-1)[:, 1:-1]
                 answers = ids[:, :-2] == ASK  # the key follows, then the value
                 right += int(((guess == ids[:, 2:]) & answers).sum())
@@ -259,7 +266,7 @@ def tune(model: torch.nn.Module, data: Data, name: str, rate: float, seed: int, 
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0 if transfer else 0.01, fused=True)
     generator = torch.Generator().manual_seed(1000 + seed + 500 * transfer)
     for _ in range(tokens // (BATCH * LENGTH)):
-        ids = sample(data.train, BATCH, generator).cuda()
+        ids = sample(data.train, BATCH, generator).to(DEVICE)
         loss = transfer_loss(model, ids) if transfer else tuning_loss(model, ids, name)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -396,7 +403,7 @@ def paired(ours: np.ndarray, theirs: np.ndarray, name: str, other: str) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["base", "arms"])
+    parser.add_argument("what", choices=["corpus", "base", "arms"])
     parser.add_argument("--out", type=Path, default=Path("recovery-base"))
     parser.add_argument("--base", type=Path, default=Path("recovery-base"))
     parser.add_argument(
@@ -408,6 +415,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=150_000_000, help="bytes of corpus")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
+    if args.what == "corpus":
+        write_corpus(args.out, args.limit)
+        return
     if args.what == "base":
         train_base(args.out, args.minutes, args.limit)
         return
