@@ -1,8 +1,9 @@
 """What is recovered: one base model, every structure tuned with the same data, order and budget.
 
-    python -m benchmarks.recovery base --out DIR [--minutes 2.5]      trains the base model: minutes on one GPU
-    python -m benchmarks.recovery corpus --out DIR                    its corpus alone, on the machine that had it
-    python -m benchmarks.recovery arms --base DIR [--tokens 3000000]  tunes every arm; writes recovery.json
+    python -m benchmarks.recovery base --out DIR                            trains the base model: minutes on a GPU
+    python -m benchmarks.recovery corpus --out DIR                          its corpus alone, where it was trained
+    python -m benchmarks.recovery arms --base DIR --seeds 0 --out 0.json    tunes the arms
+    python -m benchmarks.recovery summarize 0.json 1.json --out .           writes benchmarks/results/recovery.json
 
 Corpus: the Python sources of installed packages, one file in twenty held out by the hash of its name, and a tenth of
 synthetic recall blocks: eight random pairs of tokens, a stretch of code, then the question for each pair.
@@ -58,7 +59,7 @@ ARMS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "LoLCATs": ({"structure": "lolcats", "features": 32}, "transfer"),
     "Liger-GLA, every fourth layer softmax": ({"structure": "gla", "softmax_layers": (3, 7)}, ""),
 }
-RATES = (1e-3, 3e-3)  # tried for each arm with the first seed; the better on the validation blocks is kept
+RATES = (1e-3, 3e-3)  # tried with the first seed; the better on the validation blocks is kept
 SEEDS = (0, 1, 2)
 PAIRED = [
     ("Liger-GLA", "no gate"),
@@ -293,6 +294,7 @@ def transfer_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return 1000 * torch.stack(layers).mean()
 
 
+Job = tuple[str, float, int, int]  # arm, rate, seed, tokens of tuning
 _shared: dict[str, Any] = {}
 
 
@@ -302,7 +304,7 @@ def start_worker(base: Path, test_blocks: int) -> None:
     _shared.update(base=base, data=Data(base, test_blocks))
 
 
-def run(job: tuple[str, float, int, int]) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """One arm, rate, seed: tuned and tested. LoLCATs spends half its tokens on the transfer of attention."""
     name, rate, seed, tokens = job
     data: Data = _shared["data"]
@@ -331,109 +333,116 @@ def run(job: tuple[str, float, int, int]) -> dict[str, Any]:
     }
 
 
-def arms(base: Path, tokens: int, workers: int, minutes: float, test_blocks: int) -> dict[str, Any]:
-    """Every arm untuned; both rates with the first seed; the better rate with the other seeds."""
+def arms(base: Path, jobs: list[Job], workers: int, minutes: float, test_blocks: int) -> list[dict[str, Any]]:
+    """Run the jobs, `workers` at a time on one GPU; what is not begun after `minutes` is left out."""
     deadline, runs = time.monotonic() + 60 * minutes, list[dict[str, Any]]()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, start_worker, (base, test_blocks)) as pool, tqdm(unit="run") as bar:
-
-        def go(jobs: list[tuple[str, float, int, int]]) -> list[dict[str, Any]]:
-            done = []
-            for result in pool.imap_unordered(run, jobs):
-                done.append(result)
-                bar.update()
-                bar.set_postfix(arm=result["arm"], test=f"{result['test']:.3f}", seconds=f"{result['seconds']:.0f}")
-                if time.monotonic() > deadline:
-                    print("out of time: the remaining runs are left out", flush=True)
-                    pool.terminate()
-                    break
-            return done
-
-        runs += go([(name, 0.0, 0, 0) for name in ARMS])
-        runs += go([(name, rate, SEEDS[0], tokens) for name in ARMS for rate in RATES])
-        best = {name: min(tried, key=lambda r: r["validation"])["rate"] for name in ARMS if (tried := _of(runs, name))}
-        if time.monotonic() < deadline:
-            runs += go([(name, best[name], seed, tokens) for seed in SEEDS[1:] for name in best])
-    return summarize(runs, best)
+    start = (base, test_blocks)
+    with context.Pool(workers, start_worker, start) as pool, tqdm(total=len(jobs), unit="run") as bar:
+        for result in pool.imap_unordered(run, jobs):
+            runs.append(result)
+            bar.update()
+            bar.set_postfix(arm=result["arm"], test=f"{result['test']:.3f}", seconds=f"{result['seconds']:.0f}")
+            if time.monotonic() > deadline:
+                print(f"out of time: {len(jobs) - len(runs)} runs are left out", flush=True)
+                pool.terminate()
+                break
+    return runs
 
 
-def _of(runs: list[dict[str, Any]], name: str, rate: float | None = None) -> list[dict[str, Any]]:
-    return [r for r in runs if r["arm"] == name and r["tokens"] and rate in (None, r["rate"])]
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row an arm (means over seeds at its best rate), and paired differences with standard errors.
 
-
-def summarize(runs: list[dict[str, Any]], best: dict[str, float]) -> dict[str, Any]:
-    """A row an arm (means over seeds at its best rate), and paired differences with standard errors."""
-    table, blocks = {}, {}
-    for name, rate in best.items():
-        kept = sorted(_of(runs, name, rate), key=lambda r: r["seed"])
+    The rate is the better one on the validation blocks of the first seed, among those tried with it.
+    """
+    table, chosen = {}, {}
+    for name in ARMS:
+        tuned = [r for r in runs if r["arm"] == name and r["tokens"]]
+        tried = [r for r in tuned if r["seed"] == SEEDS[0] and r["rate"] in RATES]
+        if not tried:
+            continue
+        rate = min(tried, key=lambda r: r["validation"])["rate"]
+        kept = sorted((r for r in tuned if r["rate"] == rate), key=lambda r: r["seed"])
+        chosen[name] = {r["seed"]: r for r in kept}
         tests = np.array([r["test"] for r in kept])
-        blocks[name] = np.array([r["blocks"] for r in kept])
         untuned = next(r for r in runs if r["arm"] == name and not r["tokens"])
+        others = {str(r["rate"]): r["test"] for r in tuned if r["seed"] == SEEDS[0] and r["rate"] != rate}
         table[name] = {
             "rate": rate,
             "seeds": len(kept),
             "untuned": untuned["test"],
             "test": tests.mean(),
             "spread": tests.std(ddof=1) if len(kept) > 1 else None,
+            "other_rates": others,
             "buckets": {key: float(np.mean([r["buckets"][key] for r in kept])) for key in kept[0]["buckets"]},
             "recall": {key: float(np.mean([r["recall"][key] for r in kept])) for key in kept[0]["recall"]},
             "untuned_recall": untuned["recall"],
             "untuned_buckets": untuned["buckets"],
             "trainable": kept[0]["trainable"],
         }
-    pairs = [paired(blocks[a], blocks[b], a, b) for a, b in PAIRED if a in blocks and b in blocks]
+    start, end = table["window, weight 1"]["untuned"], table["softmax + LoRA"]["test"]
+    for row in table.values():
+        row["gap_recovered"] = (start - row["test"]) / (start - end)
+    pairs = [paired(chosen[a], chosen[b], a, b) for a, b in PAIRED if a in chosen and b in chosen]
     plain = [{key: value for key, value in r.items() if key != "blocks"} for r in runs]
     return {"arms": table, "paired": pairs, "runs": plain}
 
 
-def paired(ours: np.ndarray, theirs: np.ndarray, name: str, other: str) -> dict[str, Any]:
-    """Mean of loss(name) - loss(other), and its standard error over seeds and over test blocks."""
-    seeds = min(len(ours), len(theirs))
-    difference = ours[:seeds] - theirs[:seeds]
-    by_seed, by_block = difference.mean(1), difference.mean(0)
+def paired(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], name: str, other: str) -> dict[str, Any]:
+    """Mean of loss(name) - loss(other) over the seeds of both, and its standard error over seeds and test blocks."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    by_seed = np.array([ours[s]["test"] - theirs[s]["test"] for s in seeds])
+    rows = [
+        np.subtract(ours[s]["blocks"], theirs[s]["blocks"]) for s in seeds if ours[s]["blocks"] and theirs[s]["blocks"]
+    ]
+    by_block = np.mean(rows, 0) if rows else np.zeros(0)
     return {
         "arm": name,
         "minus": other,
-        "difference": float(difference.mean()),
-        "error_over_seeds": float(by_seed.std(ddof=1) / math.sqrt(seeds)) if seeds > 1 else None,
-        "error_over_blocks": float(by_block.std(ddof=1) / math.sqrt(len(by_block))),
         "seeds": seeds,
+        "difference": float(by_seed.mean()),
+        "error_over_seeds": float(by_seed.std(ddof=1) / math.sqrt(len(seeds))) if len(seeds) > 1 else None,
+        "error_over_blocks": float(by_block.std(ddof=1) / math.sqrt(len(by_block))) if rows else None,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["corpus", "base", "arms"])
-    parser.add_argument("--out", type=Path, default=Path("recovery-base"))
-    parser.add_argument("--base", type=Path, default=Path("recovery-base"))
-    parser.add_argument(
-        "--minutes", type=float, default=2.5, help="of base training, or the most that all arms may take"
-    )
+    parser.add_argument("what", choices=["corpus", "base", "arms", "summarize"])
+    parser.add_argument("runs", type=Path, nargs="*", help="files that `arms` wrote, for `summarize`")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the base, or file of runs to write")
+    parser.add_argument("--base", type=Path, help="folder that `base` wrote")
+    parser.add_argument("--minutes", type=float, default=2.5, help="of base training, or the most that arms may take")
+    parser.add_argument("--arms", default=";".join(ARMS), help="names, separated by semicolons")
+    parser.add_argument("--rates", default=",".join(map(str, RATES)))
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--untuned", action="store_true", help="each arm without tuning, too")
     parser.add_argument("--tokens", type=int, default=3_000_000, help="of tuning, for each arm")
-    parser.add_argument("--workers", type=int, default=8, help="arms that share the GPU")
-    parser.add_argument("--test-blocks", type=int, default=1024)
+    parser.add_argument("--workers", type=int, default=12, help="arms that share the GPU")
+    parser.add_argument("--test-blocks", type=int, default=768)
     parser.add_argument("--limit", type=int, default=150_000_000, help="bytes of corpus")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     if args.what == "corpus":
         write_corpus(args.out, args.limit)
-        return
-    if args.what == "base":
+    elif args.what == "base":
         train_base(args.out, args.minutes, args.limit)
-        return
-    found = arms(args.base, args.tokens, args.workers, args.minutes, args.test_blocks)
-    found["base"] = json.loads((args.base / "report.json").read_text())
-    found["settings"] = {
-        "tokens": args.tokens,
-        "window": WINDOW,
-        "length": LENGTH,
-        "batch": BATCH,
-        "rates": RATES,
-        "test_tokens": args.test_blocks * (LENGTH - 1),
-    }
-    write("recovery", "python -m benchmarks.recovery arms", found)
-    for name, row in found["arms"].items():
-        print(f"{name:40} {row['untuned']:.3f} -> {row['test']:.4f}  recall {row['recall']}")
+    elif args.what == "arms":
+        names, seeds = args.arms.split(";"), [int(s) for s in args.seeds.split(",")]
+        jobs: list[Job] = [(name, 0.0, 0, 0) for name in names] if args.untuned else []
+        rates = [float(rate) for rate in args.rates.split(",")]
+        jobs += [(name, rate, seed, args.tokens) for seed in seeds for name in names for rate in rates]
+        runs = arms(args.base, jobs, args.workers, args.minutes, args.test_blocks)
+        settings = {
+            "tokens": args.tokens, "window": WINDOW, "length": LENGTH, "batch": BATCH,
+            "test_tokens": args.test_blocks * (LENGTH - 1),
+        }  # fmt: skip
+        base = json.loads((args.base / "report.json").read_text())
+        args.out.write_text(json.dumps({"base": base, "settings": settings, "runs": runs}))
+    else:
+        parts = [json.loads(path.read_text()) for path in args.runs]
+        found = summarize([run for part in parts for run in part["runs"]])
+        write("recovery", "python -m benchmarks.recovery", {key: parts[0][key] for key in ("base", "settings")} | found)
 
 
 if __name__ == "__main__":
