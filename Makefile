@@ -10,15 +10,24 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[finetune,onnx,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[finetune,eval,onnx,dev]'
 	touch $@
 
+# The whole way on a CPU, about five minutes: convert, tune, merge, export, prove, generate.
+TINY := liger_deploy/assets/tiny
 demo: $(STAMP)
 	rm -rf demo && mkdir demo
-	$(BIN)/liger-deploy convert --model liger_deploy/assets/tiny/base --out demo/converted
-	$(BIN)/liger-deploy export --target onnx --out demo/bundle
-	$(BIN)/liger-deploy verify --bundle demo/bundle
-	$(BIN)/liger-deploy generate --bundle demo/bundle --temperature 0.6 --seed 3 --max-new-tokens 200 \
+	$(BIN)/python examples/stdlib_corpus.py --out demo/corpus
+	$(BIN)/liger-deploy convert --model $(TINY)/base --out demo/converted
+	$(BIN)/liger-deploy finetune --model demo/converted --data demo/corpus/train.jsonl --out demo/adapter \
+		--max-tokens 600000 --batch 8 --accumulation 1 --rank 32 --alpha 32 --lr 3e-3 --schedule cosine \
+		--targets q_proj,k_proj,v_proj,o_proj --eval-fraction 0
+	$(BIN)/liger-deploy merge --model demo/converted --adapter demo/adapter --out demo/tuned
+	$(BIN)/liger-deploy evaluate --model $(TINY)/base demo/converted demo/tuned $(TINY)/liger \
+		--data demo/corpus/held_out.jsonl --max-tokens 60000 --out demo/quality.json
+	$(BIN)/liger-deploy export --target onnx --model demo/tuned --out demo/bundle
+	$(BIN)/liger-deploy verify --bundle demo/bundle --model demo/tuned
+	$(BIN)/liger-deploy generate --bundle demo/bundle --temperature 0.7 --seed 1 --max-new-tokens 200 \
 		--prompt "class Stack:"
 
 # One process a core, one thread each: lowering is bound by Python, not by arithmetic.

@@ -16,21 +16,18 @@ from liger_deploy.config import LigerConfig
 from liger_deploy.gates import STRUCTURES
 from liger_deploy.state import ModelShape, StateSpec
 
-TINY = ROOT / "liger_deploy" / "assets" / "tiny" / "report.json"
-
 
 def tiny() -> str:
     """Bits per byte of the embedded model."""
-    r = json.loads(TINY.read_text())
-    rows = {
-        "gzip -9": r["gzip_bpb"],
-        "byte 5-gram, interpolated": r["byte_5gram_bpb"],
-        "softmax base model": r["base_bpb"],
-        "converted to Liger-GLA": r["converted_bpb"],
-        "tuned": r["liger_bpb"],
+    f, source = _result("tiny")
+    names = {
+        "gzip": "gzip -9",
+        "byte_5gram": "byte 5-gram, interpolated",
+        "base": "softmax base model",
+        "converted": "converted to Liger-GLA",
+        "tuned": "tuned with LoRA, merged",
     }
-    lines = [f"| {name} | {value:.3f} |" for name, value in rows.items()]
-    source = f"`examples/train_tiny.py`, {r['corpus']}, {r['device']}: `liger_deploy/assets/tiny/report.json`"
+    lines = [f"| {label} | {f['bits_per_byte'][name]:.3f} |" for name, label in names.items()]
     return "\n".join(["| embedded model, held-out files | bits per byte |", "|---|---|", *lines, "", source])
 
 

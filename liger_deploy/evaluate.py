@@ -19,6 +19,7 @@ import numpy as np
 
 from liger_deploy import cli
 from liger_deploy.errors import CheckpointError, UserError
+from liger_deploy.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,13 +87,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="file (.txt, .jsonl, .json), folder, or hub data set id")
     parser.add_argument("--context", type=int, default=1024, help="tokens a document is read in")
     parser.add_argument("--max-tokens", type=int, default=0, help="stop after so many (0: all)")
+    parser.add_argument("--out", type=Path, help="JSON file to write: checkpoint -> bits per byte")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb."""
+    found = {}
     for model in arguments.model:
-        value = evaluate(model, arguments.data, arguments.context, arguments.max_tokens)
-        print(f"{value:8.4f} bits per byte  {model}", flush=True)
+        found[str(model)] = evaluate(model, arguments.data, arguments.context, arguments.max_tokens)
+        print(f"{found[str(model)]:8.4f} bits per byte  {model}", flush=True)
+    if arguments.out:
+        write_json(arguments.out, found)
     return 0
 
 

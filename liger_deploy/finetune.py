@@ -202,11 +202,7 @@ def _trainable(model: PreTrainedModel, options: FinetuneOptions) -> Any:
     """The model with an adapter, or with nothing but the feature maps trained."""
     import torch
 
-    from liger_deploy.model.fast import use_fast_recurrence
-
     model.config.use_cache = False
-    if next(model.parameters()).dtype == torch.bfloat16:  # the kernels multiply in bfloat16
-        use_fast_recurrence(model)
     torch.manual_seed(options.seed)
     if options.stage == "attention-transfer":
         for name, parameter in model.named_parameters():

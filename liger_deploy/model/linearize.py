@@ -160,6 +160,8 @@ def save_model(model: PreTrainedModel, out: Path) -> None:
         model.save_pretrained(out)
     finally:
         model.config.use_cache = use_cache
+    for file in out.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes them for the owner alone
 
 
 def fingerprint(model: PreTrainedModel) -> str:
