@@ -435,7 +435,7 @@ def main() -> None:
         runs = arms(args.base, jobs, args.workers, args.minutes, args.test_blocks)
         settings = {
             "tokens": args.tokens, "window": WINDOW, "length": LENGTH, "batch": BATCH,
-            "test_tokens": args.test_blocks * (LENGTH - 1),
+            "test_tokens": args.test_blocks * (LENGTH - 1), "torch": torch.__version__,
         }  # fmt: skip
         base = json.loads((args.base / "report.json").read_text())
         args.out.write_text(json.dumps({"base": base, "settings": settings, "runs": runs}))

@@ -33,7 +33,8 @@ def tiny() -> str:
 
 def _result(name: str) -> tuple[Any, str]:
     r = json.loads((RESULTS / f"{name}.json").read_text())
-    source = f"`{r['command']}`, {r['date']}, {r['machine']['cpu']}, {r['machine']['cores']} cores"
+    machine = r["machine"].get("gpu") or f"{r['machine']['cpu']}, {r['machine']['cores']} cores"
+    source = f"`{r['command']}`, {r['date']}, {machine}"
     return r["figures"], f"{source}: `benchmarks/results/{name}.json`"
 
 
@@ -92,13 +93,66 @@ def state() -> str:
     return "\n".join(["| Llama-3-8B shape, one sequence | memory |", "|---|---|", *lines, "", note])
 
 
+def demo() -> str:
+    """What `make demo` ends with."""
+    f, source = _result("demo")
+    names = {"base": "softmax base model", "converted": "converted to Liger-GLA", "tuned": "tuned by the demo"}
+    lines = [f"| {label} | {f['bits_per_byte'][name]:.3f} |" for name, label in names.items()]
+    note = f"Tuned on {f['training']['tokens']:,} tokens in {f['training']['seconds']:.0f} s. {source}"
+    return "\n".join(["| demo, 60,000 held-out tokens | bits per byte |", "|---|---|", *lines, "", note])
+
+
+def recovery_setup() -> str:
+    """Base model and data of the recovery experiment."""
+    f, _ = _result("recovery")
+    base, settings = f["base"], f["settings"]
+    rows = {
+        "base model": f"Llama, {base['parameters'] / 1e6:.1f} million parameters, 8 layers, blocks of 1,024 tokens",
+        "its training": f"{base['tokens'] / 1e6:.0f} million tokens, {base['minutes']} minutes on one {base['device']}",
+        "corpus": f"Python sources of {', '.join(base['packages'])}: {base['train_bytes'] / 1e6:.0f} MB",
+        "tuning": f"{settings['tokens'] / 1e6:g} million tokens an arm",
+        "test": f"{settings['test_tokens']:,} tokens of held-out files",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+
+
+def recovery() -> str:
+    """One row an arm, best first."""
+    f, source = _result("recovery")
+    lines = []
+    for name, row in sorted(f["arms"].items(), key=lambda item: item[1]["test"]):
+        spread = f" ± {row['spread']:.4f}" if row["spread"] is not None else ""
+        shares = [row["gap_recovered"], row["recall"]["8"], row["recall"]["256"]]
+        gap, near, far = (f"{share:.0%}" for share in shares)
+        late = f"{row['buckets']['512-1023']:.3f}"
+        lines.append(
+            f"| {name} | {row['untuned']:.3f} | {row['test']:.4f}{spread} | {gap} | {late} | {near} | {far} "
+            f"| {row['rate']:g} | {row['seeds']} |"
+        )
+    head = "| arm | untuned | tuned | gap recovered | at 512+ | recall, gap 8 | gap 256 | rate | seeds |"
+    note = (
+        "Loss in nats a token; ± is the standard deviation over seeds; gap recovered: the untuned window of weight 1 "
+        f"is 0 %, softmax 100 %. Arms ran on one {f['base']['device']}; summarized by"
+    )
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|---|", *lines, "", f"{note} {source}"])
+
+
+def recovery_paired() -> str:
+    """Differences between arms on the same seeds and blocks."""
+    f, source = _result("recovery")
+    lines = []
+    for p in f["paired"]:
+        errors = [f"{p[key]:.4f}" if p[key] is not None else "" for key in ("error_over_seeds", "error_over_blocks")]
+        lines.append(f"| {p['arm']} minus {p['minus']} | {p['difference']:+.4f} | {errors[0]} | {errors[1]} |")
+    head = "| paired difference of test loss | nats | standard error over seeds | over blocks |"
+    return "\n".join([head, "|---|---|---|---|", *lines, "", source])
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "parity": parity,
-    "tiny": tiny,
-    "drift": drift,
-    "memory_1b": memory_1b,
-    "state": state,
+    table.__name__: table
+    for table in (parity, tiny, demo, drift, memory_1b, state, recovery, recovery_setup, recovery_paired)
 }
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def render(text: str) -> str:
@@ -108,15 +162,14 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    """0 when the README is (now) what the JSON says."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if "--check" in sys.argv:
-        if render(text) != text:
-            print("README.md does not match benchmarks/results: run python -m benchmarks.render", file=sys.stderr)
+    """0 when every page is (now) what the JSON says."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if "--check" not in sys.argv:
+            page.write_text(render(text), encoding="utf-8")
+        elif render(text) != text:
+            print(f"{page.name} does not match benchmarks/results: run python -m benchmarks.render", file=sys.stderr)
             return 1
-        return 0
-    readme.write_text(render(text), encoding="utf-8")
     return 0
 
 

@@ -36,6 +36,7 @@ RUN = "run.json"
 Stage = Literal["lora", "attention-transfer"]
 Schedule = Literal["constant", "cosine", "linear"]
 QKV = ("q_proj", "k_proj", "v_proj")
+NO_FSDP = "--fsdp needs several processes with a GPU each: use torchrun or accelerate launch"
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def finetune(
         raise UserError(f"{target} already exists: give another --out, or remove it first")
     loaded = _load(source, (options or FinetuneOptions()).dtype)
     options = (options or FinetuneOptions()).resolved(liger_config(loaded))
+    if options.fsdp and _processes() == 1:
+        raise UserError(NO_FSDP)
     run = _run_values(fingerprint(loaded), data, options)
     _check_work(work, run, resume)
     trained = _trainable(loaded, options)
@@ -280,12 +283,13 @@ def _report(source: str, corpus: Corpus) -> None:
 
 def _trainer(model: Any, train: list[Any], test: list[Any], work: Path, options: FinetuneOptions) -> LigerTrainer:
     import torch
+    from accelerate.utils import DistributedType
     from transformers import EarlyStoppingCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
     from liger_deploy.trainer import LigerTrainer, Metrics
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _processes()
     tokens_per_step = options.batch * options.accumulation * options.max_length * processes
     steps = math.ceil(options.max_tokens / tokens_per_step) if options.max_tokens else -1
     warm = "constant_with_warmup" if options.schedule == "constant" and options.warmup_steps else options.schedule
@@ -321,7 +325,7 @@ def _trainer(model: Any, train: list[Any], test: list[Any], work: Path, options:
         prediction_loss_only=True,
         use_cpu=not torch.cuda.is_available(),
         seed=options.seed,
-        fsdp="full_shard auto_wrap" if options.fsdp else None,
+        fsdp=options.fsdp or None,
         fsdp_config=_fsdp(model) if options.fsdp else None,
     )
     callbacks = [Metrics(work / METRICS, tokens_per_step, options.stage)]
@@ -337,11 +341,16 @@ def _trainer(model: Any, train: list[Any], test: list[Any], work: Path, options:
         transfer=options.stage == "attention-transfer",
     )
     trainer.remove_callback(PrinterCallback)
+    if options.fsdp and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError(NO_FSDP)  # accelerate copies the model to processes on a CPU, and says nothing
     return trainer
 
 
 def _fsdp(model: Any) -> dict[str, Any]:
-    """Shard layer by layer, whatever the family calls its layer."""
+    """Shard layer by layer, whatever the family calls its layer.
+
+    Not with FSDP's own activation checkpointing: it renames the layers, and peft then saves an adapter without weights.
+    """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "version": 2,
@@ -358,10 +367,15 @@ def _last_checkpoint(work: Path) -> Path | None:
 
 def _publish(work: Path, target: Path, source: Path, trainer: LigerTrainer, run: dict[str, Any]) -> None:
     """Move the result to its place, whole, and remove the working directory."""
+    from safetensors import safe_open
+
     from liger_deploy.model import checkpoint
 
     with staged_directory(target) as stage:
         if run["options"]["stage"] == "lora":
+            with safe_open(work / "final" / "adapter_model.safetensors", framework="pt") as tensors:
+                if not tensors.keys():
+                    raise AssertionError("peft saved an adapter without weights")
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copyfile(work / "final" / name, stage / name)
             write_json(stage / ADAPTER_INFO, {"format": 1, "base": run["model"], "options": run["options"]})
@@ -381,6 +395,10 @@ def _require(*packages: str) -> None:
             importlib.import_module(package)
         except ImportError:
             raise UserError(f"finetune needs {package}: pip install 'liger-deploy[finetune]'") from None
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _rank() -> int:

@@ -122,17 +122,23 @@ def test_the_same_step_another_way(changes: dict[str, object], base: Path, data:
         assert float((tensor - expected[name]).norm()) <= 2e-3 * float(expected[name].norm()), name
 
 
-def test_two_processes_that_shard_are_one(base: Path, data: str, tmp_path: Path) -> None:
-    """FSDP over gloo: two processes with a block each make the steps of one process with two blocks."""
+@pytest.mark.parametrize("way", ["copied", "sharded", "sharded, recomputed"])
+def test_two_processes_are_one(way: str, base: Path, data: str, tmp_path: Path) -> None:
+    """Over gloo, two processes with a block each make the steps of one process with two blocks."""
     finetune(base, data, tmp_path / "one", options(max_tokens=6 * 128, eval_fraction=0.0))
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
-    more = ("--fsdp", "--batch", "1", "--max-tokens", str(6 * 128), "--eval-fraction", "0")
-    run = [sys.executable, *launch, *command(base, data, tmp_path / "two", *more)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    call = command(base, data, tmp_path / "two", "--batch", "1", "--max-tokens", str(6 * 128), "--eval-fraction", "0")
+    if way != "copied":
+        call = [str(Path(__file__).parent / "fsdp_on_cpu.py"), *call[2:], "--fsdp"]
+    if way == "sharded, recomputed":
+        call.append("--gradient-checkpointing")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = [sys.executable, *launch, *call]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = weights(tmp_path / "one")
-    found = weights(tmp_path / "two")
+    if way != "copied":
+        assert done.stdout.count("DistributedType.FSDP {'DTensor'}") == 2
+    found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert set(found) == set(expected)
     for name, tensor in found.items():
         assert float((tensor - expected[name]).norm()) <= 2e-3 * float(expected[name].norm()), name
@@ -223,6 +229,7 @@ def test_bad_input(base: Path, data: str, tmp_path: Path, fails: Callable[..., s
     assert "lr must be positive, not nan" in fails(*call, "--lr", "nan")
     assert "this checkpoint is gla" in fails(*call, "--stage", "attention-transfer")
     assert "there is nothing to resume" in fails(*call, "--resume")
+    assert "--fsdp needs several processes" in fails(*call, "--fsdp")
     assert not (tmp_path / "a.training").exists()
     tied = checkpoint(tmp_path / "tied", tie_word_embeddings=True)
     assert "lm_head shares its weights" in fails(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from benchmarks.render import render
+from benchmarks.render import PAGES, render
 from liger_deploy.__main__ import VERBS, main
 from liger_deploy.export import EMBEDDED
 from tests.conftest import TINY_BASE
@@ -22,7 +23,9 @@ def blocks(language: str) -> list[str]:
 
 
 def test_tables_are_what_the_benchmarks_wrote() -> None:
-    assert render(README) == README
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert render(text) == text, page
 
 
 def test_make_targets_exist() -> None:
@@ -33,6 +36,9 @@ def test_make_targets_exist() -> None:
 
 def test_own_checkpoint_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"text": README[i : i + 700]}) + "\n" for i in range(0, 4900, 700))
+    )
     (commands,) = [block for block in blocks("sh") if "liger-deploy" in block]
     for line in commands.splitlines():
         name, verb, *arguments = shlex.split(line)
@@ -40,6 +46,8 @@ def test_own_checkpoint_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert verb in VERBS
         limit = ["--max-new-tokens", "5"] if verb == "generate" else []
         limit = ["--tokens", "5"] if verb == "verify" else limit
+        limit = ["--max-tokens", "2000", "--max-length", "500"] if verb == "finetune" else limit
+        limit = ["--max-tokens", "1000"] if verb == "evaluate" else limit
         assert main([verb, *(a.replace("path/to/llama", str(TINY_BASE)) for a in arguments), *limit]) == 0
     assert (tmp_path / "chat.safetensors").is_file()
 
@@ -47,7 +55,7 @@ def test_own_checkpoint_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
-    exec(compile(code.replace('"llama-liger"', repr(str(EMBEDDED))), "README.md", "exec"), {})
+    exec(compile(code.replace('"llama-tuned"', repr(str(EMBEDDED))), "README.md", "exec"), {})
     assert (tmp_path / "chat.safetensors").is_file()
 
 
