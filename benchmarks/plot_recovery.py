@@ -36,7 +36,7 @@ def main() -> None:
     names.sort(key=lambda name: -arms[name]["test"])
     colors = [SHOWN.get(name, "lightgray") for name in names]
     right.barh(names, [arms[name]["gap_recovered"] for name in names], color=colors)
-    right.set(xlabel="gap recovered (untuned window = 0, softmax = 1)")
+    right.set(xlabel="gap recovered")
     right.tick_params(axis="y", labelsize=7)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "recovery.svg", metadata={"Date": None})
