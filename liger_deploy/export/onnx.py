@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from liger_deploy.bundle import GraphInfo, GraphTensor
 from liger_deploy.export.graph import trace_prefill
+from liger_deploy.export.quantize import quantize
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.describe import describe
 from liger_deploy.model.linearize import liger_config
@@ -70,12 +72,28 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
             dynamo=True,
         )
     assert exported is not None
+    _share_equal_weights(exported.model.graph)
     exported.save(directory / MODEL, external_data=_weight_bytes(model) > EXTERNAL_ABOVE)
+    if options.quant != "none":
+        quantize(directory / MODEL, options.quant)
     check_graph(directory / MODEL, state)
     files = {"model": MODEL}
     if (directory / WEIGHTS).exists():
         files["weights"] = WEIGHTS
     return GraphInfo(files, chunk, options.batch, state)
+
+
+def _share_equal_weights(graph: Any) -> None:
+    """One copy of tables that every layer has (RoPE); `graph` is onnxscript's."""
+    first: dict[tuple[object, ...], Any] = {}
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < 1 << 10 or ".rope_" not in value.name:
+            continue
+        kept = first.setdefault((tuple(tensor.shape), tensor.dtype, tensor.tobytes()), value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            del graph.initializers[value.name]
 
 
 def check_graph(path: Path, state: list[GraphTensor]) -> None:

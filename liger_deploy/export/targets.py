@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Quant = Literal["none", "int8", "int4"]
+QUANTS = ("none", "int8", "int4")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnx", "onnx", ("onnx", "onnxscript"), "onnx", ("float32",), ("none",), ("cpu",), chunk=256),
+        Target(
+            "onnx", "onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", ("float32",), QUANTS, ("cpu",), chunk=256
+        ),
     )
 }

@@ -1,0 +1,86 @@
+"""What weight-only quantization gives on ONNX Runtime: time a token and sizes; float32, int8 and int4 side by side.
+
+    python -m benchmarks.quant [--threads 1,2]
+
+A Llama of 291 million parameters (hidden 1024, 20 layers, 16 query and 4 KV heads of 64, MLP 2816, vocabulary 32,000
+untied) with random weights, batch 1. Steps of the three bundles are interleaved; the embedded trained model's
+divergence comes from `verify`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import liger_deploy as ld
+from benchmarks.report import write
+from liger_deploy.bundle import Bundle
+from liger_deploy.runtimes.onnx import OnnxSession
+from liger_deploy.verify import verify
+
+SHAPE = {
+    "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+QUANTS = ("none", "int8", "int4")
+WARM, STEPS, PROMPT = 8, 60, 512
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", default="1,2")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = ld.linearize(LlamaForCausalLM(LlamaConfig(**SHAPE)).eval())
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = {q: Path(folder) / q for q in QUANTS}
+        for quant, path in bundles.items():
+            ld.export_bundle(model, "onnx", path, ld.ExportOptions(quant=quant))
+        sizes = {q: sum(p.stat().st_size for p in path.iterdir()) for q, path in bundles.items()}
+        for threads in map(int, args.threads.split(",")):
+            sessions = {q: OnnxSession(Bundle.open(path, False), threads) for q, path in bundles.items()}
+            seconds: dict[str, list[float]] = {q: [] for q in QUANTS}
+            prefill: dict[str, list[float]] = {q: [] for q in QUANTS}
+            for turn in range(WARM + STEPS):
+                for quant, session in sessions.items():
+                    start = time.perf_counter()
+                    session.step([turn])
+                    if turn >= WARM:
+                        seconds[quant].append(time.perf_counter() - start)
+            for _ in range(3):
+                for quant, session in sessions.items():
+                    session.reset()
+                    start = time.perf_counter()
+                    session.prefill(list(range(PROMPT)))
+                    prefill[quant].append(time.perf_counter() - start)
+            for quant in QUANTS:
+                rows.append({
+                    "quant": quant,
+                    "threads": threads,
+                    "ms_a_token": 1e3 * statistics.median(seconds[quant]),
+                    "speed_to_float32": statistics.median(seconds["none"]) / statistics.median(seconds[quant]),
+                    "prefill_tokens_per_second": PROMPT / statistics.median(prefill[quant]),
+                    "bundle_mb": sizes[quant] / 1e6,
+                    "seconds": seconds[quant],
+                })  # fmt: skip
+        quality = {}
+        for quant in QUANTS[1:]:
+            ld.export_bundle(None, "onnx", Path(folder) / f"tiny-{quant}", ld.ExportOptions(quant=quant))
+            table = verify(Path(folder) / f"tiny-{quant}", tokens=1000)
+            quality[quant] = {row.check: row.value for row in table}
+    write("quant", "python -m benchmarks.quant", {"rows": rows, "embedded": quality})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

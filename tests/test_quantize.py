@@ -1,0 +1,77 @@
+"""Weight-only quantization for ONNX Runtime: how far it is from float32, what it saves, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from transformers import PreTrainedModel
+
+import liger_deploy as ld
+from liger_deploy.verify import QUANT_LIMITS, compare_quantized, verify
+from tests.conftest import liger, small_llama
+from tests.test_families import family
+
+SHARE = {"int8": 0.5, "int4": 0.42}  # of the float32 bundle, whose tied head is stored once; it is stored twice here
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(quant: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = ld.ExportOptions(quant=quant)  # type: ignore[arg-type]
+    return ld.export_bundle(None, "onnx", tmp_path_factory.mktemp("quantized") / quant, options).path
+
+
+def test_the_trained_model_stays_close(quant: str, bundle: Path) -> None:
+    rows = {row.check: row for row in verify(bundle)}
+    assert [row.check for row in rows.values() if not row.passed] == []
+    divergence = rows["mean divergence (KL, nats a token)"].value
+    assert 1e-5 < divergence < QUANT_LIMITS[quant][0] / 2  # it is quantized, and well within its limit
+
+
+def test_it_saves_what_it_should(quant: str, bundle: Path, tiny_bundle: Path) -> None:
+    sizes = [sum(p.stat().st_size for p in path.glob("model.onnx*")) for path in (bundle, tiny_bundle)]
+    assert sizes[0] < SHARE[quant] * sizes[1]
+    graph = onnx.load(bundle / "model.onnx").graph
+    matrices = [n for n in graph.node if n.op_type == "MatMulNBits"]
+    assert len(matrices) == 29
+    bits = [next(a.i for a in n.attribute if a.name == "bits") for n in matrices]
+    assert sorted(set(bits)) == ([8] if quant == "int8" else [4, 8])
+    large = [w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and np.prod(w.dims) > 30_000]
+    assert [w.name for w in large if not w.name.endswith(("_scales", ".rope_cos", ".rope_sin"))] == []
+    assert sum(w.name.endswith(".rope_cos") for w in graph.initializer) == 1  # one table for all layers
+
+
+def test_a_wrong_scale_is_seen(quant: str, bundle: Path, tiny: PreTrainedModel) -> None:
+    """The table fails when one matrix of 29 has the wrong sign."""
+    model = onnx.load(bundle / "model.onnx")
+    scales = next(w for w in model.graph.initializer if w.name.endswith("_scales") and "val_" in w.name)
+    scales.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(scales), scales.name))
+    session, oracle = ld.load_session(bundle), ld.EagerSession(tiny)
+    import onnxruntime as ort
+
+    session._ort = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    text = np.random.default_rng(0).integers(0, 2048, 60).tolist()
+    assert any(not row.passed for row in compare_quantized(session, oracle, text, quant))
+
+
+@pytest.mark.parametrize("config", [{"structure": "gsa", "slots": 8}, {"structure": "lolcats", "features": 8}], ids=str)
+def test_other_structures(config: dict[str, object], tmp_path: Path) -> None:
+    model = liger(small_llama(hidden_size=128, intermediate_size=256, head_dim=16), window=8, **config)
+    ld.export_bundle(model, "onnx", tmp_path / "b", ld.ExportOptions(quant="int8"))
+    rows = compare_quantized(ld.load_session(tmp_path / "b"), ld.EagerSession(model), list(range(90)), "int8")
+    assert rows[0].value < 0.01
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    model = ld.linearize(family("qwen3_moe"))
+    with pytest.raises(ld.UserError, match="--quant does not reach weight"):
+        ld.export_bundle(model, "onnx", tmp_path / "b", ld.ExportOptions(quant="int4"))
+    assert not (tmp_path / "b").exists()
