@@ -74,6 +74,25 @@ def parity() -> str:
     )
 
 
+def quant() -> str:
+    """Speed and size at the 291M shape on one thread, divergence of the embedded model."""
+    f, source = _result("quant")
+    lines = []
+    for row in f["rows"]:
+        if row["threads"] != 1:
+            continue
+        table = f["embedded"].get(row["quant"], {})
+        divergence, wrong = (table.get(x) for x in ("mean divergence (KL, nats a token)", "another most likely token"))
+        close = f"{divergence:.3f} | {wrong:.1%}" if table else "0 | 0 %"
+        lines.append(
+            f"| {row['quant']} | {row['bundle_mb']:.0f} MB | {row['ms_a_token']:.1f} ms | {row['speed_to_float32']:.1f} "
+            f"| {row['prefill_tokens_per_second']:.0f} | {close} |"
+        )
+    head = "| `--quant` | bundle | a token | speed | prefill, tokens/s | KL, embedded model | another top token |"
+    note = "291 million parameters, random weights, one thread, steps interleaved; KL in nats a token on text."
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *lines, "", f"{note} {source}"])
+
+
 def state() -> str:
     """State sizes of Llama-3-8B's shape, computed from StateSpec."""
     shape = ModelShape(layers=32, query_heads=32, kv_heads=8, head_dim=128)
@@ -150,7 +169,7 @@ def recovery_paired() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (parity, tiny, demo, drift, memory_1b, state, recovery, recovery_setup, recovery_paired)
+    for table in (parity, tiny, demo, quant, drift, memory_1b, state, recovery, recovery_setup, recovery_paired)
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
