@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 import liger_deploy as ld
 from liger_deploy.convert import convert
@@ -154,7 +155,8 @@ def test_the_teacher_is_the_base_model(data: str, tmp_path: Path) -> None:
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     tokens = torch.randint(0, 2048, (2, 70))
     inputs = {"input_ids": tokens, "segment_ids": torch.ones_like(tokens), "labels": tokens}
-    teacher = LigerTrainer(model=adapted, distill=1.0)._teacher_logits(adapted, inputs)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    teacher = LigerTrainer(model=adapted, args=arguments, distill=1.0)._teacher_logits(adapted, inputs)
     with torch.no_grad():
         expected = load_base_model(EMBEDDED, torch.float32)(tokens).logits
     assert relative(teacher, expected) < SAME_FUNCTION
