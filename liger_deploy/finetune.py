@@ -167,10 +167,9 @@ def _blocks(source: Path, data: str, options: FinetuneOptions) -> tuple[list[Any
         every = len(documents) // count
         held_out = documents[::every][:count]
         documents = [d for i, d in enumerate(documents) if i % every or i >= every * count]
-    if longest := max(documents, key=lambda d: len(d.ids), default=None):
-        vocab = read_json(source / "config.json")["vocab_size"]
-        if int(longest.ids.max()) >= vocab:
-            raise CheckpointError(f"{source}: its tokenizer makes ids beyond the model's {vocab}")
+    vocab = read_json(source / "config.json")["vocab_size"]
+    if any(int(d.ids.max()) >= vocab for d in (*documents, *held_out)):
+        raise CheckpointError(f"{source}: its tokenizer makes ids beyond the model's {vocab}")
     train, test = (pack(x, options.max_length, options.packing) for x in (documents, held_out))
     if options.patience and not test:
         raise UserError("--patience needs evaluation data: give --eval-data, or an --eval-fraction above 0")

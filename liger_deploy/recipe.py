@@ -87,8 +87,8 @@ class FinetuneOptions:
         lolcats, transfer = liger.structure == "lolcats", self.stage == "attention-transfer"
         if transfer and not lolcats:
             raise ConfigError(f"--stage attention-transfer trains lolcats' maps; this checkpoint is {liger.structure}")
-        if transfer and (self.distill or self.gradient_checkpointing):
-            raise ConfigError("--stage attention-transfer takes neither --distill nor --gradient-checkpointing")
+        if transfer and (self.distill or self.gradient_checkpointing or self.fsdp):
+            raise ConfigError("--stage attention-transfer takes no --distill, --gradient-checkpointing or --fsdp")
         defaults = {
             "alpha": 16.0 if lolcats else 8.0,
             "targets": (*QKV, "o_proj") if lolcats else QKV,

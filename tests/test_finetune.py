@@ -35,7 +35,7 @@ QUICK = {"max_length": 64, "accumulation": 1, "batch": 2, "eval_steps": 4, "max_
 def checkpoint(path: Path, structure: str = "gla", **changes: object) -> Path:
     """A small converted checkpoint with a real tokenizer."""
     sizes = {"features": 8} if structure == "lolcats" else {}
-    ld.save_model(liger(small_llama(vocab=2048, **changes), structure=structure, window=8, **sizes), path)
+    ld.save_model(liger(small_llama(**({"vocab": 2048} | changes)), structure=structure, window=8, **sizes), path)
     for file in EMBEDDED.glob("tokenizer*"):
         shutil.copy(file, path)
     return path
@@ -237,6 +237,13 @@ def test_bad_input(base: Path, data: str, tmp_path: Path, fails: Callable[..., s
     assert "lm_head shares its weights" in fails(
         "finetune", "--model", tied, "--data", data, "--out", tmp_path / "x", "--targets", "lm_head"
     )
+
+
+def test_a_foreign_tokenizer_is_refused(data: str, tmp_path: Path) -> None:
+    small = checkpoint(tmp_path / "small", vocab=300)
+    with pytest.raises(ld.UserError, match="its tokenizer makes ids beyond the model's 300"):
+        finetune(small, data, tmp_path / "a", options())
+    assert not (tmp_path / "a.training").exists()
 
 
 def test_a_diverged_loss_stops(base: Path, data: str, tmp_path: Path) -> None:
