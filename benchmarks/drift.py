@@ -70,6 +70,10 @@ def main() -> None:
     assert late_state is not None
     oracle.load_state(late_state)
     last_error = worst(last, oracle, tokens[steps - edge : steps])
+    alone, same = session.fork(), tokens[steps - edge : steps]
+    alone.reset()
+    oracle.reset()
+    fresh_error = worst([alone.step([token]) for token in same], oracle, same)
     block = min(10_000, steps // 2)
     parts = slice(edge, edge + block), slice(-block, None)
     medians = [float(np.median(seconds[part])) for part in parts]
@@ -95,6 +99,7 @@ def main() -> None:
             "resident_growth_bytes": max(memory) - memory[0],
             "worst_relative_error_first_1000": first_error,
             "worst_relative_error_last_1000": last_error,
+            "worst_relative_error_same_1000_from_empty": fresh_error,
         },
     )
 

@@ -48,6 +48,7 @@ def drift() -> str:
         "growth of resident memory": f"{f['resident_growth_bytes'] / 1e6:.2f} MB",
         "worst logits error against float64, first 1,000": f"{f['worst_relative_error_first_1000']:.1e}",
         "worst logits error against float64, last 1,000": f"{f['worst_relative_error_last_1000']:.1e}",
+        "the same 1,000 tokens from an empty state": f"{f['worst_relative_error_same_1000_from_empty']:.1e}",
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join([f"| {f['steps']:,} steps on ONNX Runtime | |", "|---|---|", *lines, "", source])
