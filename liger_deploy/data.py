@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from liger_deploy.errors import UserError
+from liger_deploy.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +71,16 @@ class Corpus:
             first = "; ".join(f"{where}: {why}" for where, why in self.skipped[:3])
             line += f"; {len(self.skipped)} skipped ({first}{' ...' if len(self.skipped) > 3 else ''})"
         return line
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint directory. Raises CheckpointError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from None
 
 
 def read_corpus(source: str, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool = False) -> Corpus:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from liger_deploy import cli
-from liger_deploy.errors import CheckpointError, UserError
+from liger_deploy.errors import UserError
 from liger_deploy.files import write_json
 
 if TYPE_CHECKING:
@@ -36,18 +36,15 @@ def evaluate(model: str | os.PathLike[str], data: str, context: int = 1024, max_
         UserError: a bad checkpoint or data, or a tokenizer that does not give the text back.
     """
     import torch
-    from transformers import AutoTokenizer
 
+    from liger_deploy.data import load_tokenizer
     from liger_deploy.model import checkpoint
     from liger_deploy.model.linearize import linearize, load_base_model, load_model, softmax_attention
 
     if context < 2 or max_tokens < 0:
         raise UserError("--context must be at least 2 tokens, --max-tokens not negative")
     path = Path(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    tokenizer = load_tokenizer(path)
     liger = "liger" in checkpoint.read_config(path)
     loaded = load_model(path, torch.float32) if liger else linearize(load_base_model(path, torch.float32))
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -147,14 +147,9 @@ def _targets(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
 
 def _blocks(source: Path, data: str, options: FinetuneOptions) -> tuple[list[Any], list[Any]]:
     """Training and evaluation blocks; says on stderr what was read and what was not."""
-    from transformers import AutoTokenizer
+    from liger_deploy.data import load_tokenizer, pack, read_corpus
 
-    from liger_deploy.data import pack, read_corpus
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{source} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    tokenizer = load_tokenizer(source)
     corpus = read_corpus(data, tokenizer, options.train_on_prompt)
     _report(data, corpus)
     documents, held_out = corpus.documents, list[Document]()

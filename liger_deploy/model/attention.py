@@ -297,9 +297,9 @@ class LigerAttention(nn.Module):
         """Whole sequences from the empty state: [B,T,G,R,V]."""
         liger, rope, segment = self.liger, (self.rope_cos, self.rope_sin), segments.number
         near = window.attend_sequence(q, k, v, segment, rope, self.scaling, liger.window, liger.sinks)
-        zeros = self._zeros(q)
         if liger.row.width == "none":
             return self._mix(None, near[0])
+        zeros = self._zeros(q)
         if liger.row.width == "learned":
             gone = (window.delayed(x, liger.window) for x in (k, v))
             left = (window.delayed(segment, liger.window) == segment) & (segment > 0)
