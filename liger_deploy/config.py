@@ -67,30 +67,30 @@ class LigerConfig:
                 object.__setattr__(self, name, value)
         _check_types(self)
         for name in ("window", "softmax_window"):
-            _check(
+            require(
                 1 <= getattr(self, name) <= 1 << 20, f"{name} must be between 1 and 1048576 keys", getattr(self, name)
             )
-        _check(self.gate_normalizer > 0, "gate_normalizer must be positive", self.gate_normalizer)
-        _check(0 <= self.lower_bound < 1, "lower_bound must be at least 0 and below 1", self.lower_bound)
-        _check(self.lower_bound == 0 or self.structure == "hgrn2", "lower_bound is hgrn2's alone", self.lower_bound)
+        require(self.gate_normalizer > 0, "gate_normalizer must be positive", self.gate_normalizer)
+        require(0 <= self.lower_bound < 1, "lower_bound must be at least 0 and below 1", self.lower_bound)
+        require(self.lower_bound == 0 or self.structure == "hgrn2", "lower_bound is hgrn2's alone", self.lower_bound)
         if self.row.width == "learned":
-            _check(self.features >= 1, f"{self.structure} needs features of at least 1", self.features)
-            _check(self.feature_map == "learned", "lolcats learns its feature map: 'learned'", self.feature_map)
+            require(self.features >= 1, f"{self.structure} needs features of at least 1", self.features)
+            require(self.feature_map == "learned", "lolcats learns its feature map: 'learned'", self.feature_map)
         else:
-            _check(self.features == 0, f"features belong to lolcats, {self.structure} has none", self.features)
-            _check(
+            require(self.features == 0, f"features belong to lolcats, {self.structure} has none", self.features)
+            require(
                 self.feature_map in ("softmax", "identity"),
                 "feature_map must be 'softmax' or 'identity'",
                 self.feature_map,
             )
         if self.row.width == "slot":
-            _check(self.slots >= 1, f"{self.structure} needs slots of at least 1", self.slots)
-            _check(self.feature_map == "identity", "gsa takes no feature map", self.feature_map)
+            require(self.slots >= 1, f"{self.structure} needs slots of at least 1", self.slots)
+            require(self.feature_map == "identity", "gsa takes no feature map", self.feature_map)
         else:
-            _check(self.slots == 0, f"slots belong to gsa, {self.structure} has none", self.slots)
-        _check(self.gate_source in ("normed", "raw"), "gate_source must be 'normed' or 'raw'", self.gate_source)
-        _check(0 <= self.sinks <= 1024, "sinks must be between 0 and 1024 tokens", self.sinks)
-        _check(
+            require(self.slots == 0, f"slots belong to gsa, {self.structure} has none", self.slots)
+        require(self.gate_source in ("normed", "raw"), "gate_source must be 'normed' or 'raw'", self.gate_source)
+        require(0 <= self.sinks <= 1024, "sinks must be between 0 and 1024 tokens", self.sinks)
+        require(
             self.sinks == 0 or bool(self.softmax_layers) or self.structure == "window",
             f"sinks belong to softmax_layers or the structure window, {self.structure} alone has none",
             self.sinks,
@@ -147,17 +147,18 @@ def check_fits(config: LigerConfig, head_dim: int, layers: int) -> None:
 def _check_types(config: LigerConfig) -> None:
     for name in ("window", "slots", "features", "softmax_window", "sinks"):
         value = getattr(config, name)
-        _check(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer", value)
+        require(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer", value)
     for name in ("recurrent_weight", "window_weight", "gate_normalizer", "lower_bound"):
         value = getattr(config, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        _check(number and math.isfinite(value), f"{name} must be a finite number", value)
+        require(number and math.isfinite(value), f"{name} must be a finite number", value)
         object.__setattr__(config, name, float(value))
     layers = config.softmax_layers
     numbers = isinstance(layers, tuple) and all(type(i) is int and i >= 0 for i in layers)
-    _check(numbers and list(layers) == sorted(set(layers)), "softmax_layers must be ascending layer numbers", layers)
+    require(numbers and list(layers) == sorted(set(layers)), "softmax_layers must be ascending layer numbers", layers)
 
 
-def _check(condition: bool, message: str, value: object) -> None:
+def require(condition: bool, message: str, value: object) -> None:
+    """Raise ConfigError "`message`, not `value`" unless the condition holds."""
     if not condition:
         raise ConfigError(f"{message}, not {value!r}")

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from liger_deploy.config import LigerConfig
+from liger_deploy.config import LigerConfig, require
 from liger_deploy.data import Packing
 from liger_deploy.errors import ConfigError
 
@@ -98,18 +98,13 @@ class FinetuneOptions:
         given = {name: value for name in defaults if (value := getattr(self, name)) is not None}
         options = dataclasses.replace(self, **(defaults | given))
         for name in ("rank", "batch", "accumulation", "eval_steps"):
-            _check(getattr(options, name) >= 1, f"{name} must be at least 1", getattr(options, name))
+            require(getattr(options, name) >= 1, f"{name} must be at least 1", getattr(options, name))
         for name in ("alpha", "lr", "epochs"):
             value = getattr(options, name)
-            _check(math.isfinite(value) and value > 0, f"{name} must be positive", value)
+            require(math.isfinite(value) and value > 0, f"{name} must be positive", value)
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "max_tokens", "distill", "patience"):
-            _check(getattr(options, name) >= 0, f"{name} must not be negative", getattr(options, name))
-        _check(options.max_length >= 2, "max_length must be at least 2 tokens", options.max_length)
-        _check(0 <= options.dropout < 1, "dropout must be at least 0 and below 1", options.dropout)
-        _check(0 <= options.eval_fraction < 1, "eval_fraction must be at least 0 and below 1", options.eval_fraction)
+            require(getattr(options, name) >= 0, f"{name} must not be negative", getattr(options, name))
+        require(options.max_length >= 2, "max_length must be at least 2 tokens", options.max_length)
+        require(0 <= options.dropout < 1, "dropout must be at least 0 and below 1", options.dropout)
+        require(0 <= options.eval_fraction < 1, "eval_fraction must be at least 0 and below 1", options.eval_fraction)
         return options
-
-
-def _check(condition: bool, message: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"{message}, not {value!r}")
