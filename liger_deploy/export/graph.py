@@ -11,7 +11,8 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from liger_deploy.model.attention import LigerAttention
-from liger_deploy.model.ops import linear_attention
+from liger_deploy.model.mixer import Mixer
+from liger_deploy.model.ops import attention_after_state, has_one_node, linear_attention
 from liger_deploy.model.recurrence import slot_scores
 from liger_deploy.model.step import PrefillModel
 
@@ -19,8 +20,9 @@ from liger_deploy.model.step import PrefillModel
 def trace_prefill(model: PreTrainedModel, chunk: int, batch: int) -> ExportedProgram:
     """The prefill graph with 1 .. chunk tokens (dynamic) and a dynamic batch, or a fixed one if `batch` is not 0.
 
-    It serves decoding too, with one token. Each recurrence is one `liger::linear_attention` node, which runs in PyTorch
-    and which a target lowers as it likes.
+    It serves decoding too, with one token. What a layer does between its projections and o_proj is one
+    `liger::attention` node where there is one for its structure; else its recurrence is one `liger::linear_attention`
+    node. Both run in PyTorch, and a target lowers them as it likes.
     """
     prefill = PrefillModel(model).eval()
     rows, tokens = batch or 3, min(chunk, 7)
@@ -29,7 +31,7 @@ def trace_prefill(model: PreTrainedModel, chunk: int, batch: int) -> ExportedPro
     token_dim = Dim("tokens", min=1, max=chunk) if chunk > 1 else Dim.STATIC
     state = tuple({0: row_dim} for _ in prefill.spec.tensors)
     shapes = {"tokens_BT": {0: row_dim, 1: token_dim}, "valid_B": {0: row_dim}, "state": state}
-    with torch.no_grad(), _recurrence_as_one_node(model), _dense_experts(model):
+    with torch.no_grad(), _attention_as_one_node(model), _dense_experts(model):
         # Deferred: guards such as min(T, T * T) == T hold for every T, and only the solver does not know.
         program = torch.export.export(
             prefill,
@@ -53,16 +55,26 @@ def check_program(program: ExportedProgram, inputs: int, outputs: int) -> None:
 
 
 @contextlib.contextmanager
-def _recurrence_as_one_node(model: PreTrainedModel) -> Iterator[None]:
+def _attention_as_one_node(model: PreTrainedModel) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, LigerAttention)]
-    plain = [(layer.recurrence, layer.slot_scores) for layer in layers]
-    for layer in layers:
-        layer.recurrence, layer.slot_scores = linear_attention, _slot_scores
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if has_one_node(layer.liger):
+                stack.callback(setattr, layer, "after_state", layer.after_state)
+                layer.after_state = attention_after_state
+            else:
+                stack.enter_context(_recurrence_as_one_node(layer.mixer))
+        yield
+
+
+@contextlib.contextmanager
+def _recurrence_as_one_node(mixer: Mixer) -> Iterator[None]:
+    plain = mixer.recurrence, mixer.slot_scores
+    mixer.recurrence, mixer.slot_scores = linear_attention, _slot_scores
     try:
         yield
     finally:
-        for layer, forms in zip(layers, plain, strict=True):
-            layer.recurrence, layer.slot_scores = forms
+        mixer.recurrence, mixer.slot_scores = plain
 
 
 @contextlib.contextmanager

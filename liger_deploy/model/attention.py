@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from liger_deploy.config import LigerConfig
 from liger_deploy.errors import SessionError
-from liger_deploy.model import recurrence, window
+from liger_deploy.model import window
 from liger_deploy.model.lolcats import Lolcats
-from liger_deploy.model.recurrence import Recurrence
-from liger_deploy.state import ModelShape, layer_tensors
+from liger_deploy.model.mixer import Heads, LayerState, Mixer, Segments
+from liger_deploy.model.window import Rope
 
 Mode = Literal["liger", "softmax", "transfer"]
-Heads = tuple[Tensor, Tensor, Tensor, Tensor]  # q [B,T,G,R,K], k [B,T,G,K], v [B,T,G,V], gate's key [B,T,G,K]
+AfterState = Callable[
+    [Mixer, Heads, Rope, LayerState, Tensor, Tensor | None, Lolcats | None], tuple[Tensor, LayerState]
+]
 
 
 @dataclass(frozen=True)
@@ -34,43 +36,6 @@ class RopeTable:
     sin: Tensor
     inverse_frequency: Tensor
     scale: float
-
-
-@dataclass
-class LayerState:
-    """State of one layer, laid out as `StateSpec` says: recurrence (or sinks), then the window's keys and values."""
-
-    recurrent: tuple[Tensor, ...]
-    window_k: Tensor
-    window_v: Tensor
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of `StateSpec`."""
-        return (*self.recurrent, self.window_k, self.window_v)
-
-
-@dataclass
-class Segments:
-    """Which tokens of a sequence belong together, [B,T].
-
-    Attributes:
-        number: documents of a row numbered from 1; 0 is padding.
-        keep: False for padding; None when there is none.
-        restart: True where a document begins and the state must be forgotten; None when rows hold one document each.
-    """
-
-    number: Tensor
-    keep: Tensor | None
-    restart: Tensor | None
-
-    @classmethod
-    def of(cls, x_BTD: Tensor, mask_BT: Tensor | None, segment_BT: Tensor | None) -> Segments:
-        """From a padding mask, or from segment numbers, or from neither."""
-        if segment_BT is not None:
-            return cls(segment_BT, segment_BT > 0, window.starts(segment_BT))
-        if mask_BT is not None:
-            return cls(mask_BT.long(), mask_BT.bool(), None)
-        return cls(torch.ones(x_BTD.shape[:2], dtype=torch.long, device=x_BTD.device), None, None)
 
 
 @dataclass
@@ -88,12 +53,6 @@ class ModelState:
     valid: Tensor | None = None
     is_compileable: bool = field(default=False, init=False)
     is_sliding: tuple[bool, ...] = field(default=(), init=False)
-
-    def keep(self, tokens: int) -> Tensor | None:
-        """[B,T] bool: which of the T tokens are real; None when all are."""
-        if self.valid is None:
-            return None
-        return torch.arange(tokens, device=self.valid.device) < self.valid[:, None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Part of Hugging Face's cache protocol; positions do not matter here."""
@@ -118,7 +77,7 @@ class LigerAttention(nn.Module):
     o_proj: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
-    lolcats: Lolcats
+    lolcats: Lolcats | None
 
     def __init__(self, base: nn.Module, config: LigerConfig, rope: RopeTable) -> None:
         super().__init__()
@@ -137,8 +96,9 @@ class LigerAttention(nn.Module):
         for name, child in base.named_children():
             self.add_module(name, child)
         self.norms = _norms(base, self.head_dim)
-        self.recurrence: Recurrence = recurrence.gated_chunked
-        self.slot_scores: Recurrence = recurrence.slot_scores
+        self.mixer = Mixer(config, self.scaling)
+        self.after_state: AfterState = Mixer.after_state
+        self.lolcats = None
         if config.row.width == "learned":
             weight = next(self.parameters())
             heads: int = base.config.num_attention_heads  # type: ignore[union-attr,assignment]
@@ -172,21 +132,32 @@ class LigerAttention(nn.Module):
             segments = Segments.of(hidden_states, attention_mask, segment_ids)
             out = self._in_mode(heads, segments, position_embeddings)
         elif isinstance(past_key_values, ModelState):
-            out = self._continue(*heads, past_key_values)
+            out = self._continue(heads, past_key_values)
         else:
             raise SessionError("a Liger model keeps no KV cache: pass use_cache=False, or decode through a Session")
         return self.o_proj(out.flatten(2).to(hidden_states.dtype)), None
+
+    @property
+    def _rope(self) -> Rope:
+        return self.rope_cos, self.rope_sin
+
+    def _continue(self, heads: Heads, state: ModelState) -> Tensor:
+        """T tokens after a state, [B,T,G,R,V]; replaces this layer's state."""
+        layer = state.layers[self.layer_idx]
+        rest = (layer, state.length, state.valid, self.lolcats)
+        out, state.layers[self.layer_idx] = self.after_state(self.mixer, heads, self._rope, *rest)
+        return out
 
     def _in_mode(self, heads: Heads, segments: Segments, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
         """`mode`: "liger"; "softmax", the base model's attention; "transfer", the latter while measuring the former
         against it (LoLCATs' first stage: mean squared error of the heads' outputs)."""
         if self.mode == "liger":
-            return self._sequence(*heads, segments)
+            return self.mixer.sequence(heads, self._rope, segments, self.lolcats)
         rope = position_embeddings if self.rope_cos.shape[-1] else None
         teacher = window.attend_all(*heads[:3], segments.number, rope, self.scaling, self.base_window)
         if self.mode == "transfer":
             with torch.enable_grad():
-                ours = self._sequence(*heads, segments)
+                ours = self.mixer.sequence(heads, self._rope, segments, self.lolcats)
                 errors = (ours.float() - teacher.float()).square().mean((2, 3, 4))
                 self.transfer_loss = errors[segments.number > 0].mean()
         return teacher
@@ -204,7 +175,7 @@ class LigerAttention(nn.Module):
         k = raw
         if self.norms == "head":
             q, k = self.q_norm(q), self.k_norm(raw)
-        return q.unflatten(2, (-1, self.queries_per_key)), k, v, raw if self.liger.gate_source == "raw" else k
+        return Heads(q.unflatten(2, (-1, self.queries_per_key)), k, v, raw if self.liger.gate_source == "raw" else k)
 
     def _projections(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if hasattr(self, "qkv_proj"):  # one matrix (Phi 3): R query heads for each key and value head
@@ -214,108 +185,6 @@ class LigerAttention(nn.Module):
             q, k, v = fused.split([groups * unit, unit, unit], -1)
             return q, k, v
         return self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-
-    def _gate(self, gate_key_BTGK: Tensor) -> Tensor:
-        """log alpha, [B,T,G,C]: Pooling over the key's channels (Eq. 6), then the structure's row of Table 1."""
-        p, width = gate_key_BTGK.float(), self.liger.row.width
-        if width == "scalar":
-            p = p.mean(-1, keepdim=True)
-        elif width == "slot":
-            p = p.unflatten(-1, (self.liger.slots, -1)).mean(-1)
-        return self.liger.row.log_decay(p, self.liger)
-
-    def _feature_map(self, x: Tensor) -> Tensor:
-        return x.float().softmax(-1) if self.liger.feature_map == "softmax" else x.float()
-
-    def _recurrent(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gate_key: Tensor,
-        keep_BT: Tensor | None,
-        restart_BT: Tensor | None,
-        state: tuple[Tensor, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Eq. 7 (or gated slot attention) over T tokens. Where `keep` is False nothing decays or is written; where
-        `restart` is True the state is forgotten first."""
-        g, step = self._gate(gate_key), keep_BT is None and q.shape[1] == 1
-        write = 1 - g.exp() if self.liger.row.key_from_gate or self.liger.slots else self._feature_map(k)
-        if keep_BT is not None:
-            keep_BT11 = keep_BT[:, :, None, None].to(g.dtype)
-            g, write = g * keep_BT11, write * keep_BT11
-        if restart_BT is not None:
-            g = g.masked_fill(restart_BT[:, :, None, None], recurrence.FORGET)
-        q, v = self._feature_map(q), v.float()
-        if self.liger.slots:
-            k = k.float()
-            if step:
-                out, *slots = recurrence.slot_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], *state)
-                return out[:, None], tuple(slots)
-            scores, keys = self.slot_scores(q, k, write, g, state[0])
-            out, values = self.recurrence(scores.softmax(-1), write, v, g, state[1])
-            return out, (keys, values)
-        if step:
-            out, new = recurrence.gated_step(q[:, 0], write[:, 0], v[:, 0], g[:, 0], state[0])
-            return out[:, None], (new,)
-        out, new = self.recurrence(q, write, v, g, state[0])
-        return out, (new,)
-
-    def _mix(self, long: Tensor | None, near: Tensor) -> Tensor:
-        if long is None:
-            return self.liger.window_weight * near
-        return self.liger.recurrent_weight * long + self.liger.window_weight * near.to(long.dtype)
-
-    def _continue(self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, state: ModelState) -> Tensor:
-        """T tokens after a state: [B,T,G,R,V]; replaces this layer's state."""
-        layer, tokens, width = state.layers[self.layer_idx], q.shape[1], self.liger.window
-        new_k, new_v = k.transpose(1, 2), v.transpose(1, 2)
-        keys, values = torch.cat([layer.window_k, new_k], 2), torch.cat([layer.window_v, new_v], 2)
-        visible = window.visible_after_state(state.length, tokens, width)
-        keep, recurrent, sinks = state.keep(tokens), layer.recurrent, None
-        if self.liger.sinks:
-            first = zip(recurrent, (new_k, new_v), strict=True)
-            recurrent = tuple(window.keep_first(kept, new, state.length, state.valid) for kept, new in first)
-            sinks = window.sinks_after_state(recurrent, state.length, tokens, width)
-        near = window.attend(q, keys, values, visible, (self.rope_cos, self.rope_sin), self.scaling, sinks)
-        out: Tensor
-        if self.liger.row.width == "learned":
-            gone = (x[:, :, :tokens].transpose(1, 2) for x in (keys, values))
-            position = state.length[:, None] + torch.arange(tokens, device=q.device)
-            left = position >= width if keep is None else (position >= width) & keep
-            out, recurrent = self.lolcats(q, near, *gone, position, width, left, None, recurrent, self.recurrence)
-        elif self.liger.row.width == "none":
-            out = self._mix(None, near[0])
-        else:
-            long, recurrent = self._recurrent(q, k, v, gate_key, keep, None, recurrent)
-            out = self._mix(long, near[0])
-        kept = (window.keep_last(x, state.valid, width) for x in (keys, values))
-        state.layers[self.layer_idx] = LayerState(recurrent, *kept)
-        return out
-
-    def _sequence(self, q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, segments: Segments) -> Tensor:
-        """Whole sequences from the empty state: [B,T,G,R,V]."""
-        liger, rope, segment = self.liger, (self.rope_cos, self.rope_sin), segments.number
-        near = window.attend_sequence(q, k, v, segment, rope, self.scaling, liger.window, liger.sinks)
-        if liger.row.width == "none":
-            return self._mix(None, near[0])
-        zeros = self._zeros(q)
-        if liger.row.width == "learned":
-            gone = (window.delayed(x, liger.window) for x in (k, v))
-            left = (window.delayed(segment, liger.window) == segment) & (segment > 0)
-            position = torch.arange(q.shape[1], device=q.device) - window.first_of_segment(segment)
-            rest = (position, liger.window, left, segments.restart, zeros, self.recurrence)
-            out: Tensor
-            out, _ = self.lolcats(q, near, *gone, *rest)
-            return out
-        long, _ = self._recurrent(q, k, v, gate_key, segments.keep, segments.restart, zeros)
-        return self._mix(long, near[0])
-
-    def _zeros(self, q_BTGRK: Tensor) -> tuple[Tensor, ...]:
-        """The empty recurrence, as `StateSpec` lays it out."""
-        batch, _, groups, queries, dim = q_BTGRK.shape
-        tensors = layer_tensors(0, self.liger, ModelShape(1, groups * queries, groups, dim))
-        return tuple(torch.zeros(batch, *spec.shape, device=q_BTGRK.device) for spec in [*tensors][:-2])
 
 
 def _norms(base: nn.Module, head_dim: int) -> str:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from liger_deploy.model.attention import LayerState, ModelState
+from liger_deploy.model.attention import ModelState
 from liger_deploy.model.linearize import liger_config, model_shape, state_spec
+from liger_deploy.model.mixer import LayerState
 
 
 class _Stateful(nn.Module):
