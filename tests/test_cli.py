@@ -252,7 +252,7 @@ def test_verify_fails_on_a_wrong_model(tiny_bundle: Path, tmp_path: Path) -> Non
 
     copy = shutil.copytree(tiny_bundle, tmp_path / "b")
     model = onnx.load(copy / "model.onnx")
-    weight = next(w for w in model.graph.initializer if "mlp.down_proj" in w.name or list(w.dims) == [192, 480])
+    weight = next(w for w in model.graph.initializer if "mlp.down_proj" in w.name or list(w.dims) == [480, 192])
     array = onnx.numpy_helper.to_array(weight) * 1.01
     weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
     (copy / "model.onnx.data").unlink(missing_ok=True)

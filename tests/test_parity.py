@@ -112,7 +112,10 @@ def test_fork_shares_nothing_that_changes(session: BaseSession, prompt: list[int
 def test_opset_and_operator(tiny_bundle: Path) -> None:
     model = onnx.load(tiny_bundle / "model.onnx", load_external_data=False)
     assert {(o.domain, o.version) for o in model.opset_import} >= {("", 21), ("com.microsoft", 1)}
-    assert sum(node.op_type == "LinearAttention" for node in model.graph.node) == 4
+    assert [node.op_type for node in model.graph.node if node.domain == "liger"] == ["Attention"] * 4
+    (body,) = model.functions
+    assert (body.domain, body.name) == ("liger", "Attention")
+    assert sum(node.op_type == "LinearAttention" for node in body.node) == 1
 
 
 @pytest.mark.parametrize("options", [{"batch": 2}, {"chunk": 16}, {"chunk": 1}], ids=str)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny" / "liger"
 
@@ -91,7 +92,8 @@ def _add_text(manifest: Manifest, source: Path, stage: Path) -> Manifest:
     """Copy the tokenizer, the chat template and the generation defaults of a checkpoint."""
     tokenizer = template = ""
     if (source / TOKENIZER).is_file():
-        shutil.copy(source / TOKENIZER, stage / TOKENIZER)
+        for name in filter(lambda name: (source / name).is_file(), (TOKENIZER, TOKENIZER_CONFIG)):
+            shutil.copy(source / name, stage / name)
         tokenizer = TOKENIZER
     text = _chat_template(source)
     if tokenizer and text:
@@ -105,8 +107,8 @@ def _add_text(manifest: Manifest, source: Path, stage: Path) -> Manifest:
 def _chat_template(source: Path) -> str:
     if (source / CHAT_TEMPLATE).is_file():
         return (source / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    if (source / "tokenizer_config.json").is_file():
-        value = read_json(source / "tokenizer_config.json").get("chat_template")
+    if (source / TOKENIZER_CONFIG).is_file():
+        value = read_json(source / TOKENIZER_CONFIG).get("chat_template")
         return value if isinstance(value, str) else ""
     return ""
 

@@ -1,7 +1,6 @@
 """Lower a model to one ONNX graph that serves prefill and decode, for ONNX Runtime.
 
-The recurrence becomes `com.microsoft.LinearAttention`, ONNX Runtime's native operator (the standard operator of opset
-27 expands to a Scan there); everything else is standard opset 21.
+The layers' mixing is `liger` nodes (`onnx_ops.py`); everything else is standard ONNX.
 """
 
 from __future__ import annotations
@@ -12,48 +11,26 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from liger_deploy.bundle import GraphInfo, GraphTensor
+from liger_deploy.export import onnx_ops
+from liger_deploy.export.genai import write_genai
 from liger_deploy.export.graph import trace_prefill
+from liger_deploy.export.onnx_ops import OPSET
+from liger_deploy.export.onnx_rewrites import rewrite
 from liger_deploy.export.quantize import quantize
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.describe import describe
-from liger_deploy.model.linearize import liger_config
-from liger_deploy.model.ops import linear_attention
+from liger_deploy.model.linearize import liger_config, model_shape
 
-OPSET = 21
 SLOT_CHUNK = 64  # gated slot attention takes [chunk, chunk, slots] memory a head
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 EXTERNAL_ABOVE = 1 << 20  # bytes of weights from which they go to a file of their own
-
-
-def _linear_attention(
-    q_BTGRK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, g_BTGC: Tensor, state_BGKV: Tensor
-) -> tuple[Tensor, Tensor]:
-    """liger::linear_attention as ONNX Runtime's operator, which packs heads into the last dimension."""
-    rows, tokens, groups, queries, _ = q_BTGRK.shape
-    packed = [x.flatten(2) for x in (q_BTGRK, k_BTGK, v_BTGV)]
-    out_shape = (rows, tokens, groups * queries * v_BTGV.shape[-1])
-    out, state = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::LinearAttention",
-        (*packed, state_BGKV, g_BTGC.flatten(2)),
-        attrs={
-            "q_num_heads": groups * queries,
-            "kv_num_heads": groups,
-            "update_rule": "gated",
-            "scale": 1.0,
-        },
-        dtypes=(torch.float32, torch.float32),
-        shapes=(out_shape, state_BGKV.shape),
-        version=1,
-    )
-    return out.unflatten(2, (groups, queries, -1)), state
 
 
 def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> GraphInfo:
@@ -62,8 +39,8 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     chunk = min(options.chunk, SLOT_CHUNK) if liger_config(model).slots else options.chunk
     with _quiet():
         program = trace_prefill(model, chunk, options.batch)
-    with _quiet():
-        program = program.run_decompositions({linear_attention._opoverload: _linear_attention})
+        kinds = onnx_ops.kinds(program)
+        program = program.run_decompositions(onnx_ops.DECOMPOSITIONS)
         exported = torch.onnx.export(
             program,
             input_names=["tokens", "valid", *(t.input for t in state)],
@@ -71,29 +48,20 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
             opset_version=OPSET,
             dynamo=True,
         )
-    assert exported is not None
-    _share_equal_weights(exported.model.graph)
-    exported.save(directory / MODEL, external_data=_weight_bytes(model) > EXTERNAL_ABOVE)
+        assert exported is not None
+        bodies = [onnx_ops.function(kind, chunk) for kind in kinds]
+    rewrite(exported.model.graph)
     if options.quant != "none":
-        quantize(directory / MODEL, options.quant)
+        quantize(exported.model.graph, options.quant)
+    onnx_ops.add_functions(exported.model, bodies)
+    exported.save(directory / MODEL, external_data=_weight_bytes(exported.model.graph) > EXTERNAL_ABOVE)
     check_graph(directory / MODEL, state)
+    shape = model_shape(model)
+    write_genai(directory, MODEL, state, model.config, (shape.query_heads, shape.kv_heads, shape.head_dim))
     files = {"model": MODEL}
     if (directory / WEIGHTS).exists():
         files["weights"] = WEIGHTS
     return GraphInfo(files, chunk, options.batch, state)
-
-
-def _share_equal_weights(graph: Any) -> None:
-    """One copy of tables that every layer has (RoPE); `graph` is onnxscript's."""
-    first: dict[tuple[object, ...], Any] = {}
-    for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is None or tensor.nbytes < 1 << 10 or ".rope_" not in value.name:
-            continue
-        kept = first.setdefault((tuple(tensor.shape), tensor.dtype, tensor.tobytes()), value)
-        if kept is not value:
-            value.replace_all_uses_with(kept)
-            del graph.initializers[value.name]
 
 
 def check_graph(path: Path, state: list[GraphTensor]) -> None:
@@ -107,8 +75,8 @@ def check_graph(path: Path, state: list[GraphTensor]) -> None:
         raise AssertionError(f"the graph's inputs {inputs} or outputs {outputs} are not the state's")
 
 
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+def _weight_bytes(graph: ir.Graph) -> int:
+    return sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
 
 
 @contextlib.contextmanager

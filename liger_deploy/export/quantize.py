@@ -2,22 +2,21 @@
 
 "int8": all in 8 bits. "int4": the layers' matrices in 4 bits; head and embedding stay at 8, as they hurt most.
 
-ONNX Runtime's own quantizer writes `com.microsoft.MatMulNBits`, whose blocks of 32 weights share a scale. It has no
-8-bit embedding; that is a Gather of int8 rows times a Gather of their scales here. Norms, biases, recurrences and the
-state stay float32.
+Products become `com.microsoft.MatMulNBits`, whose blocks of 32 weights share a scale, by ONNX Runtime's own quantizer.
+It has no 8-bit embedding; that is a Gather of int8 rows times a Gather of their scales here. Norms, biases,
+recurrences and the state stay float32. `graph` is `onnx_ir`'s; one matrix at a time is in memory twice.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import helper, numpy_helper
+import onnx_ir as ir
 
 from liger_deploy.errors import UserError
+from liger_deploy.export.onnx_ops import CONTRIB
+from liger_deploy.export.onnx_rewrites import add_weight, remove_unused, replace, weight
 
 BLOCK = 32
 LARGE = 0.01  # share of all weights from which a matrix must not stay float32
@@ -25,100 +24,70 @@ READERS = ("MatMul", "Gemm", "Gather", "GatherND", "Transpose", "Reshape", "Eins
 ACCURACY = 4  # activations in int8 inside the product
 
 
-def quantize(path: Path, quant: str) -> None:
-    """Quantize the graph at `path`, in place. `quant`: "int4" or "int8"."""
-    model = onnx.load(path)
-    external = any(weight.external_data for weight in onnx.load(path, load_external_data=False).graph.initializer)
-    _fold_transposes(model.graph)
-    _embed_int8(model.graph)
-    products = [node for node in model.graph.node if node.op_type == "MatMul"]
-    if quant == "int4":
-        head = {node.name for node in _heads(products, model.graph)}
-        model = _matrices(model, 4, exclude=head)
-    model = _matrices(model, 8, exclude=set())
-    data = path.with_name(f"{path.name}.data")
-    data.unlink(missing_ok=True)
-    onnx.save(model, path, save_as_external_data=external, location=data.name)
-    check_quantized(path)
+def quantize(graph: ir.Graph, quant: str) -> None:
+    """Quantize a graph in place. `quant`: "int4" or "int8"."""
+    (logits,) = (value for value in graph.outputs if value.name == "logits")
+    vocab = logits.shape[-1] if logits.shape else None
+    for node in list(graph):
+        if node.op_type == "Gather":
+            _embed_int8(graph, node)
+        elif node.op_type == "MatMul":
+            head = node.outputs[0].shape is not None and node.outputs[0].shape[-1] == vocab
+            _product(graph, node, 8 if head or quant == "int8" else 4)
+    remove_unused(graph)
+    check_quantized(graph)
 
 
-def check_quantized(path: Path) -> None:
+def check_quantized(graph: ir.Graph) -> None:
     """No large float matrix is left: a forgotten one would cost what quantization saves, silently.
 
     Raises:
         UserError: weights that the quantizer does not reach (the experts of a mixture, three-dimensional).
     """
-    graph = onnx.load(path, load_external_data=False).graph
-    sizes = {weight.name: math.prod(weight.dims) for weight in graph.initializer}
-    large = sum(sizes.values()) * LARGE
-    read = {name for node in graph.node if node.op_type in READERS for name in node.input}
-    for weight in graph.initializer:
-        matrix = len(weight.dims) > 1 and weight.dims[-1] > 1 and weight.data_type == onnx.TensorProto.FLOAT
-        if matrix and weight.name in read and sizes[weight.name] > large:
-            shape = list(weight.dims)
-            raise UserError(f"--quant does not reach weight {weight.name} {shape}: export with --quant none")
+    tensors = {value: value.const_value for value in graph.initializers.values() if value.const_value is not None}
+    large = sum(tensor.size for tensor in tensors.values()) * LARGE
+    for value, tensor in tensors.items():
+        shape = [int(size) for size in tensor.shape.numpy()]
+        matrix = len(shape) > 1 and shape[-1] > 1 and tensor.dtype == ir.DataType.FLOAT
+        if matrix and tensor.size > large and any(node.op_type in READERS for node, _ in value.uses()):
+            raise UserError(f"--quant does not reach weight {value.name} {shape}: export with --quant none")
 
 
-def _matrices(model: onnx.ModelProto, bits: int, exclude: set[str]) -> onnx.ModelProto:
-    """Every product with a weight, in `bits`; 4 bits with a zero point a block, which measured better than without."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+def _product(graph: ir.Graph, node: ir.Node, bits: int) -> None:
+    """MatMul(x, W) -> MatMulNBits; 4 bits with a zero point a block, which measured better than without."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
-    config = DefaultWeightOnlyQuantConfig(
-        block_size=BLOCK,
-        is_symmetric=bits == 8,
-        accuracy_level=ACCURACY,
-        op_types_to_quantize=("MatMul",),
-        bits=bits,
-    )
+    array, (x, matrix) = weight(node.inputs[1]), node.inputs
+    if array is None or array.ndim != 2 or matrix is None:
+        return
+    symmetric = bits == 8
+    config = DefaultWeightOnlyQuantConfig(BLOCK, symmetric, ACCURACY, op_types_to_quantize=("MatMul",), bits=bits)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        quantizer = MatMulNBitsQuantizer(model, algo_config=config, nodes_to_exclude=sorted(exclude))
-        quantizer.process()
+        packed, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(array))
     finally:
         logging.disable(level)
-    quantized: onnx.ModelProto = quantizer.model.model
-    return quantized
+    parts = {"int": packed, "scales": scales} | ({} if symmetric else {"zero_points": zeros})
+    weights = [add_weight(graph, f"{matrix.name}.{bits}bit.{name}", part) for name, part in parts.items()]
+    attributes = {"K": array.shape[0], "N": array.shape[1], "bits": bits, "block_size": BLOCK}
+    attributes["accuracy_level"] = ACCURACY
+    replace(graph, node.outputs[0], ir.node("MatMulNBits", [x, *weights], attributes, domain=CONTRIB))
+    graph.remove(node, safe=True)
+    if not matrix.uses():
+        del graph.initializers[str(matrix.name)]
 
 
-def _heads(products: list[onnx.NodeProto], graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The product that makes the logits: its weight has a column a token of the vocabulary."""
-    (logits,) = (x for x in graph.output if x.name == "logits")
-    vocab = logits.type.tensor_type.shape.dim[-1].dim_value
-    wide = {weight.name for weight in graph.initializer if len(weight.dims) == 2 and weight.dims[1] == vocab}
-    return [node for node in products if wide.intersection(node.input)]
-
-
-def _fold_transposes(graph: onnx.GraphProto) -> None:
-    """Store what a Transpose makes of a weight: a tied head's, which the quantizer would not see as a weight."""
-    weights = {weight.name: weight for weight in graph.initializer}
-    for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights]:
-        permutation = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-        turned = numpy_helper.to_array(weights[node.input[0]]).transpose(permutation).copy()
-        graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
-        graph.node.remove(node)
-
-
-def _embed_int8(graph: onnx.GraphProto) -> None:
+def _embed_int8(graph: ir.Graph, node: ir.Node) -> None:
     """Gather(W, i) -> Cast(Gather(W8, i)) * Gather(s, i), a scale a row."""
-    weights = {weight.name: weight for weight in graph.initializer if len(weight.dims) == 2}
-    for place, node in reversed(list(enumerate(graph.node))):
-        if node.op_type != "Gather" or node.input[0] not in weights:
-            continue
-        name, ids, out = node.input[0], node.input[1], node.output[0]
-        rows = numpy_helper.to_array(weights[name])
-        scale = np.maximum(np.abs(rows).max(1, keepdims=True) / 127, 1e-30).astype(np.float32)
-        graph.initializer.append(numpy_helper.from_array(np.round(rows / scale).astype(np.int8), f"{name}.int8"))
-        graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
-        new = [
-            helper.make_node("Gather", [f"{name}.int8", ids], [f"{out}.int8"]),
-            helper.make_node("Cast", [f"{out}.int8"], [f"{out}.float"], to=onnx.TensorProto.FLOAT),
-            helper.make_node("Gather", [f"{name}.scale", ids], [f"{out}.scale"]),
-            helper.make_node("Mul", [f"{out}.float", f"{out}.scale"], [out]),
-        ]
-        graph.node.remove(node)
-        for made in reversed(new):
-            graph.node.insert(place, made)
-    used = {name for node in graph.node for name in node.input}
-    for weight in [w for w in graph.initializer if w.name not in used]:
-        graph.initializer.remove(weight)
+    table, ids = node.inputs
+    rows = weight(table)
+    if rows is None or rows.ndim != 2 or table is None or rows.dtype != np.float32:
+        return
+    scale = np.maximum(np.abs(rows).max(1, keepdims=True) / 127, 1e-30).astype(np.float32)
+    small = add_weight(graph, f"{table.name}.int8", np.round(rows / scale).astype(np.int8))
+    scales = add_weight(graph, f"{table.name}.scale", scale)
+    gathered, factor = ir.node("Gather", [small, ids]), ir.node("Gather", [scales, ids])
+    cast = ir.node("Cast", [gathered.outputs[0]], {"to": ir.DataType.FLOAT.value})
+    graph.insert_before(node, [gathered, factor, cast])
+    replace(graph, node.outputs[0], ir.node("Mul", [cast.outputs[0], factor.outputs[0]]))
