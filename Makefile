@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo native test lint clean
 
 # torch is named first and exactly: the tested version, and a CPU build where the index has one.
 $(STAMP): pyproject.toml Makefile
@@ -30,8 +30,22 @@ demo: $(STAMP)
 	$(BIN)/liger-deploy generate --bundle demo/bundle --temperature 0.7 --seed 1 --max-new-tokens 200 \
 		--prompt "class Stack:"
 
+# The kernel library for ONNX Runtime: liger_deploy/native/libliger_ort_ops.so. Needs cmake and a C++17 compiler.
+NATIVE := liger_deploy/native/libliger_ort_ops.so
+native: $(NATIVE)
+$(NATIVE): CMakeLists.txt export/onnxruntime/ops.cpp $(wildcard export/kernels/*.h)
+	[ -n "$$ONNXRUNTIME_ROOT" ] || [ -d build/onnxruntime ] || export/onnxruntime/fetch_headers.sh || true
+	cmake -S . -B build/native
+	cmake --build build/native
+	cmake --install build/native --prefix .
+
+# onnxruntime-node, for the test that runs a bundle in Node.
+NODE := tests/node/node_modules/.package-lock.json
+$(NODE): tests/node/package.json tests/node/package-lock.json
+	cd tests/node && npm ci --ignore-scripts --no-audit --no-fund --silent
+
 # One process a core, one thread each: lowering is bound by Python, not by arithmetic.
-test: $(STAMP)
+test: $(STAMP) $(NATIVE) $(NODE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
@@ -40,4 +54,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo bundle-*
+	rm -rf $(VENV) build liger_deploy/native tests/node/node_modules demo bundle-*

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from liger_deploy.bundle import Bundle
-from liger_deploy.errors import BundleError
+from liger_deploy.errors import BundleError, UserError
 from liger_deploy.runtimes.session import BaseSession, Logits
 from liger_deploy.state import Array
+
+OPS = Path(__file__).parents[1] / "native" / "libliger_ort_ops.so"  # written by `make native`
+OPS_VARIABLE = "LIGER_ORT_OPS"
+
+
+def find_ops() -> Path | None:
+    """The library with this project's kernels: the path in $LIGER_ORT_OPS ("none": no library), else the package's own.
+
+    None where there is none: bundles then run on ONNX Runtime's operators alone, which is slower.
+    """
+    named = os.environ.get(OPS_VARIABLE)
+    if named:
+        return None if named == "none" else Path(named)
+    return OPS if OPS.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,12 @@ class OnnxSession(BaseSession):
     """State lives in two sets of ONNX Runtime buffers, bound as input and output in turn: a step copies none of it."""
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        """Load a bundle. `threads`: of ONNX Runtime; 0 is its own choice.
+
+        Raises:
+            BundleError: the graph does not load, or is not what the manifest says.
+            UserError: the kernel library is not one.
+        """
         super().__init__(bundle.manifest)
         self._sets: tuple[list[Any], ...] = ([], [])  # two sets of state buffers; `_turn` says which is current
         self._steps: dict[int, _Run] = {}
@@ -36,6 +58,8 @@ class OnnxSession(BaseSession):
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        if ops := find_ops():
+            _register(options, ops)
         try:
             self._ort = ort.InferenceSession(str(bundle.file("model")), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises its own types, RuntimeError and others
@@ -89,6 +113,16 @@ class OnnxSession(BaseSession):
 
     def _clear(self) -> None:
         self._sets, self._steps, self._turn = ([], []), {}, 0
+
+
+def _register(options: Any, ops: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(ops))
+    except Exception as error:
+        hint = f"build it again with `make native`, or set {OPS_VARIABLE}=none to run without it"
+        raise UserError(
+            f"{ops} is no kernel library for onnxruntime {ort.__version__}: {_line(error)}; {hint}"
+        ) from None
 
 
 def _line(error: Exception) -> str:
