@@ -55,14 +55,23 @@ def drift() -> str:
 
 
 def memory_1b() -> str:
-    """Llama-3.2-1B's shape."""
-    f, source = _result("memory_1b")
+    """Llama-3.2-1B's shape, float32."""
+    return _memory("1b", "float32")
+
+
+def memory_3b() -> str:
+    """Llama-3.2-3B's shape, 4 bits."""
+    return _memory("3b", "int4")
+
+
+def _memory(size: str, bundle: str) -> str:
+    f, source = _result(f"memory_{size}")
     lines = [
         f"| {name} | {f[name]['peak_resident_gb']:.2f} GB | {f[name]['seconds']:.0f} s |"
         for name in ("convert", "export", "run")
     ]
-    head = f"| Llama-3.2-1B shape, checkpoint of {f['checkpoint_gb']:.2f} GB | peak memory | time |"
-    note = f"The float32 bundle is {f['bundle_gb']:.2f} GB; weights are random. {source}"
+    head = f"| Llama-3.2-{size.upper()} shape, checkpoint of {f['checkpoint_gb']:.2f} GB | peak memory | time |"
+    note = f"The {bundle} bundle is {f['bundle_gb']:.2f} GB; weights are random. {source}"
     return "\n".join([head, "|---|---|---|", *lines, "", note])
 
 
@@ -91,6 +100,33 @@ def quant() -> str:
     head = "| `--quant` | bundle | a token | speed | prefill, tokens/s | KL, embedded model | another top token |"
     note = "291 million parameters, random weights, one thread, steps interleaved; KL in nats a token on text."
     return "\n".join([head, "|---|---|---|---|---|---|---|", *lines, "", f"{note} {source}"])
+
+
+def cpu_peers() -> str:
+    """A row a runtime, a column a depth: milliseconds a token; then prefill and memory."""
+    f, source = _result("cpu_peers")
+    runtimes = list(dict.fromkeys(row["runtime"] for row in f["rows"]))
+    contexts = sorted({row["context"] for row in f["rows"]})
+    at = {(row["runtime"], row["context"]): row for row in f["rows"]}
+    head = f"| 4 bits, 2 threads | {' | '.join(f'{c:,}' for c in contexts)} | prefill, tokens/s | resident |"
+    lines = []
+    for name in runtimes:
+        times = " | ".join(f"{at[name, c]['ms_a_token']:.1f} ms" for c in contexts)
+        first, last = at[name, contexts[1]], at[name, contexts[-1]]
+        rates = f"{first['prefill_tokens_per_second']:.0f} to {last['prefill_tokens_per_second']:.0f}"
+        lines.append(f"| {name} | {times} | {rates} | {last['resident_mb']:.0f} MB |")
+    against = runtimes[2]
+    ratios = " | ".join(f"{at[against, c]['ms_a_token'] / at[runtimes[0], c]['ms_a_token']:.2f}" for c in contexts)
+    speed = [
+        at[runtimes[0], c]["prefill_tokens_per_second"] / at[against, c]["prefill_tokens_per_second"] for c in contexts
+    ]
+    memory = at[against, contexts[-1]]["resident_mb"] / at[runtimes[0], contexts[-1]]["resident_mb"]
+    lines.append(f"| *liger over {against}* | {ratios} | {speed[1]:.2f} to {speed[-1]:.2f} | {memory:.1f} |")
+    note = (
+        "Time a token at each depth of context; prefill up to the second depth and up to the last; resident memory at "
+        "the last. 291 million parameters, random weights, batch 1, turns of 8 tokens."
+    )
+    return "\n".join([head, "|---" * (len(contexts) + 3) + "|", *lines, "", f"{note} {source}"])
 
 
 def state() -> str:
@@ -169,7 +205,20 @@ def recovery_paired() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (parity, tiny, demo, quant, drift, memory_1b, state, recovery, recovery_setup, recovery_paired)
+    for table in (
+        parity,
+        tiny,
+        demo,
+        quant,
+        cpu_peers,
+        drift,
+        memory_1b,
+        memory_3b,
+        state,
+        recovery,
+        recovery_setup,
+        recovery_paired,
+    )
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -1,6 +1,7 @@
-"""Convert, export and step a random checkpoint of Llama-3.2-1B's shape; peak memory of each, as its own process.
+"""Convert, export and step a random checkpoint of a real model's shape; peak memory of each, as its own process.
 
-python -m benchmarks.memory_1b
+python -m benchmarks.memory 1b    (Llama-3.2-1B, float32)
+python -m benchmarks.memory 3b    (Llama-3.2-3B, int4)
 """
 
 from __future__ import annotations
@@ -12,26 +13,32 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report
 
-# The public config of Llama-3.2-1B.
-SHAPE = {
+# The public configs of Llama-3.2-1B and -3B.
+SHAPES: dict[str, dict[str, Any]] = {}
+SHAPES["1b"] = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 128000, "eos_token_id": 128001,
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
                         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
 }  # fmt: skip
+SHAPES["3b"] = SHAPES["1b"] | {
+    "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128,
+}  # fmt: skip
+QUANT = {"1b": "none", "3b": "int4"}
 
 
-def make(out: str) -> None:
+def make(shape: str, out: str) -> None:
     """A random checkpoint in bfloat16."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(out, max_shard_size="1GB")
+    LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).save_pretrained(out, max_shard_size="1GB")
 
 
 def step(bundle: str) -> None:
@@ -69,20 +76,22 @@ def measure(*arguments: str) -> dict[str, float]:
 def main() -> None:
     """Everything in a temporary folder."""
     if sys.argv[1:2] in (["make"], ["step"]):
-        {"make": make, "step": step}[sys.argv[1]](sys.argv[2])
+        {"make": make, "step": step}[sys.argv[1]](*sys.argv[2:])
         return
+    name = sys.argv[1]
     with tempfile.TemporaryDirectory() as folder:
         base, liger, bundle = (str(Path(folder) / name) for name in ("base", "liger", "bundle"))
-        measure("benchmarks.memory_1b", "make", base)
+        measure("benchmarks.memory", "make", name, base)
+        target = ("--target", "onnx", "--quant", QUANT[name])
         size = sum(p.stat().st_size for p in Path(base).glob("*.safetensors"))
         figures = {
             "checkpoint_gb": round(size / 1e9, 2),
             "convert": measure("liger_deploy", "convert", "--model", base, "--out", liger),
-            "export": measure("liger_deploy", "export", "--target", "onnx", "--model", liger, "--out", bundle),
+            "export": measure("liger_deploy", "export", *target, "--model", liger, "--out", bundle),
             "bundle_gb": round(sum(p.stat().st_size for p in Path(bundle).iterdir()) / 1e9, 2),
-            "run": measure("benchmarks.memory_1b", "step", bundle),
+            "run": measure("benchmarks.memory", "step", bundle),
         }
-    report.write("memory_1b", "python -m benchmarks.memory_1b", figures)
+    report.write(f"memory_{name}", f"python -m benchmarks.memory {name}", figures)
 
 
 if __name__ == "__main__":
