@@ -72,9 +72,10 @@ class Genai:
         values = json.loads(config.read_text())
         values["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
         config.write_text(json.dumps(values))
-        parameters = og.GeneratorParams(og.Model(path))
+        model = og.Model(path)
+        parameters = og.GeneratorParams(model)
         parameters.set_search_options(max_length=17408, do_sample=False)
-        self.generator = og.Generator(og.Model(path), parameters)
+        self.generator = og.Generator(model, parameters)
 
     def prefill(self, tokens: list[int]) -> None:
         import numpy as np
