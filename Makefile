@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[finetune,eval,onnx,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[finetune,eval,onnx,executorch,dev]'
 	touch $@
 
 # The whole way on a CPU, about five minutes: convert, tune, merge, export, prove, generate.
@@ -46,7 +46,7 @@ $(NODE): tests/node/package.json tests/node/package-lock.json
 
 # One process a core, one thread each: lowering is bound by Python, not by arithmetic.
 test: $(STAMP) $(NATIVE) $(NODE)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

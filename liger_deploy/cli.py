@@ -45,5 +45,5 @@ def _silence_dependencies() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("torchao", "torch.onnx", "transformers"):
+    for name in ("torchao", "torch.onnx", "torch.utils._pytree", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)

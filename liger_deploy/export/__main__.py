@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="bundle directory to write (default: bundle-TARGET)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--quant", default="none", choices=("none", "int8", "int4"), help="weight-only quantization")
-    parser.add_argument("--batch", default="dynamic", help="rows the graph takes: a number, or 'dynamic' (default)")
+    parser.add_argument(
+        "--batch", help="rows the graph takes: a number or 'dynamic' (default: the latter, but 1 on executorch)"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--chunk", type=int, default=0, help="most tokens a prefill call takes")
 
@@ -39,7 +41,9 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _batch(text: str) -> int:
+def _batch(text: str | None) -> int | None:
+    if text is None:
+        return None
     if text == "dynamic":
         return 0
     if not text.isdecimal() or not 1 <= int(text) <= 1 << 16:

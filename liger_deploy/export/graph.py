@@ -31,7 +31,7 @@ def trace_prefill(model: PreTrainedModel, chunk: int, batch: int) -> ExportedPro
     token_dim = Dim("tokens", min=1, max=chunk) if chunk > 1 else Dim.STATIC
     state = tuple({0: row_dim} for _ in prefill.spec.tensors)
     shapes = {"tokens_BT": {0: row_dim, 1: token_dim}, "valid_B": {0: row_dim}, "state": state}
-    with torch.no_grad(), _attention_as_one_node(model), _dense_experts(model):
+    with torch.no_grad(), _attention_as_one_node(model), dense_experts(model):
         # Deferred: guards such as min(T, T * T) == T hold for every T, and only the solver does not know.
         program = torch.export.export(
             prefill,
@@ -78,7 +78,7 @@ def _recurrence_as_one_node(mixer: Mixer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _dense_experts(model: PreTrainedModel) -> Iterator[None]:
+def dense_experts(model: PreTrainedModel) -> Iterator[None]:
     """Mixture-of-experts layers as batched products: the default form's operator exists in PyTorch alone."""
     name = "_experts_implementation"
     before = getattr(model.config, name, None)

@@ -35,10 +35,10 @@ EXTERNAL_ABOVE = 1 << 20  # bytes of weights from which they go to a file of the
 
 def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> GraphInfo:
     """Write `model.onnx` (and its weights) into `directory`. Options are those the target's row allows."""
-    state = describe(model, "onnx").graph.state
+    state, batch = describe(model, "onnx").graph.state, options.batch or 0
     chunk = min(options.chunk, SLOT_CHUNK) if liger_config(model).slots else options.chunk
     with _quiet():
-        program = trace_prefill(model, chunk, options.batch)
+        program = trace_prefill(model, chunk, batch)
         kinds = onnx_ops.kinds(program)
         program = program.run_decompositions(onnx_ops.DECOMPOSITIONS)
         exported = torch.onnx.export(
@@ -61,7 +61,7 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     files = {"model": MODEL}
     if (directory / WEIGHTS).exists():
         files["weights"] = WEIGHTS
-    return GraphInfo(files, chunk, options.batch, state)
+    return GraphInfo(files, chunk, batch, state)
 
 
 def check_graph(path: Path, state: list[GraphTensor]) -> None:

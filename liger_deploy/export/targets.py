@@ -28,14 +28,14 @@ class ExportOptions:
     Attributes:
         dtype: of the weights and the windows; the recurrent state is float32 always.
         quant: weight-only quantization of the matrices.
-        batch: rows the graph takes; 0 for any number.
+        batch: rows the graph takes; 0 for any number; None takes the target's default.
         device: where the bundle will run.
         chunk: most tokens a prefill call takes; 0 takes the target's default.
     """
 
     dtype: Dtype = "float32"
     quant: Quant = "none"
-    batch: int = 0
+    batch: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     chunk: int = 0
 
@@ -53,6 +53,7 @@ class Target:
         extra: the extra of liger-deploy that installs them.
         dtypes, quants, devices: what the lowering supports; the rest is refused.
         chunk: default of `ExportOptions.chunk`.
+        batch: default of `ExportOptions.batch`; if it is not 0, the number of rows is fixed at export.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Target:
     quants: tuple[str, ...]
     devices: tuple[str, ...]
     chunk: int
+    batch: int = 0
 
     def lower(self) -> Lower:
         """The lowering function. Raises UserError when a package it needs is not installed."""
@@ -81,7 +83,9 @@ class Target:
         for name, values in allowed.items():
             if (value := getattr(options, name)) not in values:
                 raise UserError(f"target {self.name!r} does not support --{name} {value}: choose {' or '.join(values)}")
-        if options.batch < 0 or not 0 <= options.chunk <= 1024:
+        if options.batch == 0 and self.batch:
+            raise UserError(f"target {self.name!r} fixes the number of rows at export: give --batch a number")
+        if (options.batch or 0) < 0 or not 0 <= options.chunk <= 1024:
             raise UserError("--batch must be positive or 'dynamic', and --chunk between 1 and 1024")
 
 
@@ -91,5 +95,6 @@ TARGETS: dict[str, Target] = {
         Target(
             "onnx", "onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", ("float32",), QUANTS, ("cpu",), chunk=256
         ),
+        Target("executorch", "executorch", ("executorch",), "executorch", ("float32",), QUANTS, ("cpu",), 64, batch=1),
     )
 }

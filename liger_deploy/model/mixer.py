@@ -136,7 +136,7 @@ class Mixer:
         long, _ = self._recurrent(q, k, v, gate_key, segments.keep, segments.restart, zeros)
         return self._mix(long, near[0])
 
-    def _gate(self, gate_key_BTGK: Tensor) -> Tensor:
+    def gate(self, gate_key_BTGK: Tensor) -> Tensor:
         """log alpha, [B,T,G,C]: Pooling over the key's channels (Eq. 6), then the structure's row of Table 1."""
         p, width = gate_key_BTGK.float(), self.liger.row.width
         if width == "scalar":
@@ -145,7 +145,8 @@ class Mixer:
             p = p.unflatten(-1, (self.liger.slots, -1)).mean(-1)
         return self.liger.row.log_decay(p, self.liger)
 
-    def _feature_map(self, x: Tensor) -> Tensor:
+    def feature_map(self, x: Tensor) -> Tensor:
+        """phi of a query or key head, along its last dimension, in float32."""
         return x.float().softmax(-1) if self.liger.feature_map == "softmax" else x.float()
 
     def _recurrent(
@@ -160,14 +161,14 @@ class Mixer:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Eq. 7 (or gated slot attention) over T tokens. Where `keep` is False nothing decays or is written; where
         `restart` is True the state is forgotten first."""
-        g, step = self._gate(gate_key), keep_BT is None and q.shape[1] == 1
-        write = 1 - g.exp() if self.liger.row.key_from_gate or self.liger.slots else self._feature_map(k)
+        g, step = self.gate(gate_key), keep_BT is None and q.shape[1] == 1
+        write = 1 - g.exp() if self.liger.row.key_from_gate or self.liger.slots else self.feature_map(k)
         if keep_BT is not None:
             keep_BT11 = keep_BT[:, :, None, None].to(g.dtype)
             g, write = g * keep_BT11, write * keep_BT11
         if restart_BT is not None:
             g = g.masked_fill(restart_BT[:, :, None, None], recurrence.FORGET)
-        q, v = self._feature_map(q), v.float()
+        q, v = self.feature_map(q), v.float()
         if self.liger.slots:
             k = k.float()
             if step:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from liger_deploy.runtimes.session import BaseSession
 
 # target -> (module, class, the package it needs, the extra that installs it)
-_RUNTIMES = {"onnx": ("onnx", "OnnxSession", "onnxruntime", "onnx")}
+_RUNTIMES = {
+    "onnx": ("onnx", "OnnxSession", "onnxruntime", "onnx"),
+    "executorch": ("executorch", "ExecuTorchSession", "executorch", "executorch"),
+}
 
 
 def load_session(bundle: str | os.PathLike[str] | Bundle, checksums: bool = True) -> BaseSession:

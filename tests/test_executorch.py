@@ -1,0 +1,199 @@
+"""The ExecuTorch target: the delegated form equals the model, and its programs equal PyTorch on the real runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import liger_deploy as ld
+from liger_deploy.bundle import Manifest, write_manifest
+from liger_deploy.export import EMBEDDED
+from liger_deploy.export.delegated import Delegated
+from liger_deploy.gates import STRUCTURES
+from liger_deploy.model.ops import has_one_node
+from liger_deploy.model.step import PrefillModel, StepModel
+from liger_deploy.text import Text
+from liger_deploy.verify import compare, verify
+from tests.conftest import liger, relative, small_llama
+from tests.test_attention import SIZES
+from tests.test_families import FAMILIES, family
+from tests.tolerances import MODEL
+
+FORMS = [name for name in STRUCTURES if has_one_node(ld.LigerConfig(name))]
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's program."""
+    return ld.export_bundle(None, "executorch", tmp_path_factory.mktemp("executorch") / "tiny").path
+
+
+@pytest.mark.parametrize(("name", "structure"), [*((f, "gla") for f in FAMILIES), *(("llama", s) for s in FORMS)])
+def test_the_delegated_form_is_the_model(name: str, structure: str) -> None:
+    """Two ragged prefills and a step in PyTorch, gates strong and weak."""
+    model = liger(family(name), structure=structure, window=6, gate_normalizer=1)
+    for layer in model.model.layers:
+        for weight in (
+            x for key, x in layer.self_attn.named_parameters() if key in ("k_proj.weight", "qkv_proj.weight")
+        ):
+            weight.data *= 8
+    prefill, step = PrefillModel(model), StepModel(model)
+    state = prefill.zeros(2)
+    with torch.no_grad():
+        for valid in ([12, 3], [12, 7]):
+            inputs = (torch.randint(3, 97, (2, 12)), torch.tensor(valid), *state)
+            expected = prefill(*inputs)
+            for ours, theirs in zip(Delegated(prefill, 12)(*inputs), expected, strict=True):
+                assert relative(ours, theirs) < MODEL
+            state = expected[1:]
+        inputs = (torch.tensor([5, 6]), *state)
+        for ours, theirs in zip(Delegated(step, 1)(*inputs), step(*inputs), strict=True):
+            assert relative(ours, theirs) < MODEL
+
+
+def test_a_wide_window_keeps_its_last_entries() -> None:
+    """Wider than the one-hot product serves."""
+    model = liger(family("llama"), structure="window", window=600)
+    prefill = PrefillModel(model)
+    state = tuple(torch.randn(x.shape) if x.dim() > 1 else torch.tensor([700, 700]) for x in prefill.zeros(2))
+    inputs = (torch.randint(3, 97, (2, 9)), torch.tensor([9, 4]), *state)
+    with torch.no_grad():
+        for ours, theirs in zip(Delegated(prefill, 9)(*inputs), prefill(*inputs), strict=True):
+            assert relative(ours, theirs) < MODEL
+
+
+@pytest.mark.xdist_group("executorch")
+def test_the_trained_model_passes_its_table(bundle: Path, tiny: PreTrainedModel) -> None:
+    prompt = Text(ld.Bundle.open(bundle)).encode(Path(__file__).read_text(encoding="utf-8"))[:300]
+    rows = compare(ld.load_session(bundle), ld.EagerSession(tiny), prompt)
+    assert len(rows) == 14
+    assert [row.check for row in rows if not row.passed] == []
+
+
+@pytest.mark.xdist_group("executorch")
+@pytest.mark.parametrize("way", ["to onnx", "from onnx"])
+def test_states_move_between_runtimes(way: str, bundle: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    here, there = (ld.load_session(x) for x in ((bundle, tiny_bundle) if way == "to onnx" else (tiny_bundle, bundle)))
+    prompt = Text(ld.Bundle.open(bundle)).encode("def mean(values):\n    return sum(values) / len(values)\n" * 9)[:150]
+    token = int(here.prefill(prompt)[0].argmax())
+    here.state().save(tmp_path / "s.safetensors")
+    there.load_state(ld.State.load(tmp_path / "s.safetensors"))
+    for _ in range(100):
+        logits = here.step([token])
+        assert relative(there.step([token]), logits) < MODEL
+        token = int(logits[0].argmax())
+
+
+@pytest.mark.xdist_group("executorch")
+def test_sessions_share_a_program_and_nothing_that_changes(bundle: Path) -> None:
+    session = ld.load_session(bundle)
+    session.prefill(list(range(70)))
+    twin = session.fork()
+    assert twin._program is session._program  # type: ignore[attr-defined]
+    expected = session.fork().step([5])
+    kept = expected.copy()
+    for token in (9, 10, 11):
+        twin.step([token])
+    assert np.array_equal(session.step([5]), expected)
+    assert np.array_equal(expected, kept)  # returned logits are the caller's
+    with pytest.raises(ld.UserError, match="exported for a batch of 1, not 2"):
+        ld.load_session(bundle).step([1, 2])
+
+
+@pytest.mark.xdist_group("executorch")
+def test_what_does_not_load_says_why(bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def broken(change: Callable[[bytes], bytes]) -> str:
+        copy = shutil.copytree(bundle, tmp_path / "b")
+        (copy / "model.pte").write_bytes(change((copy / "model.pte").read_bytes()))
+        manifest = Manifest.from_dict(json.loads((copy / "manifest.json").read_text()))
+        (copy / "manifest.json").unlink()
+        write_manifest(copy, manifest)
+        with pytest.raises(ld.UserError, match="does not load in ExecuTorch") as caught:
+            ld.load_session(copy)
+        shutil.rmtree(copy)
+        return str(caught.value)
+
+    assert "overflow" in broken(lambda _: b"junk")
+    assert "File size is too small" in broken(lambda content: content[: len(content) // 2])
+    assert "Backend XnnpackBackenX is not registered" in broken(
+        lambda x: x.replace(b"XnnpackBackend", b"XnnpackBackenX")
+    )
+    assert "kernel 'aten::embeddinX.out' not found" in broken(
+        lambda x: x.replace(b"aten::embedding", b"aten::embeddinX")
+    )
+    assert "has no method 'prefill'" in broken(lambda x: x.replace(b"prefill", b"prefilX"))
+    assert "model.pte" not in capfd.readouterr().err
+
+
+@pytest.mark.xdist_group("executorch")
+def test_layers_are_delegated_whole(bundle: Path) -> None:
+    """Counted in the program itself: pieces of the graph that XNNPACK runs do not grow with the number of layers."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    program = deserialize_pte_binary((bundle / "model.pte").read_bytes()).program
+    delegates = {plan.name: len(plan.delegates) for plan in program.execution_plan}
+    assert delegates == {"decode": 4, "prefill": 7}
+    outside = {op.name for plan in program.execution_plan for op in plan.operators}
+    assert not outside & {"aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::_softmax", "aten::exp"}
+
+
+# What has no delegated form, or only in part: lowered from the plain one.
+PLAIN: list[tuple[str, dict[str, Any]]] = [
+    ("phi3", {"structure": "gsa", "window": 6} | SIZES["gsa"]),
+    ("qwen2", {"structure": "lolcats", "window": 6} | SIZES["lolcats"]),
+    ("gemma3_text", {"structure": "mamba2", "softmax_layers": (1,), "softmax_window": 20, "sinks": 2, "window": 6}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), PLAIN, ids=str)
+def test_every_form_lowers(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model = liger(family(name), **config)
+    ld.export_bundle(model, "executorch", tmp_path / "b", ld.ExportOptions(batch=2, chunk=8))
+    ours, oracle = ld.load_session(tmp_path / "b"), ld.EagerSession(model)
+    tokens = np.random.default_rng(0).integers(3, 97, (2, 90))
+    assert relative(ours.prefill(tokens, [90, 33]), oracle.prefill(tokens, [90, 33])) < MODEL
+    for token in range(10, 30):
+        logits, expected = (x.step([token, token + 40]) for x in (ours, oracle))
+        assert relative(logits, expected) < MODEL
+    for key, tensor in oracle.state().tensors.items():
+        assert relative(ours.state().tensors[key], tensor) < MODEL
+
+
+def test_extreme_gates_survive_the_delegate(tmp_path: Path) -> None:
+    """Gate logits near -60 and +60."""
+    model = ld.linearize(small_llama(num_hidden_layers=1), ld.LigerConfig(window=2, gate_normalizer=1))
+    model.model.layers[0].self_attn.k_proj.weight.data *= 6
+    ld.export_bundle(model, "executorch", tmp_path / "b", ld.ExportOptions(chunk=16))
+    ours, oracle = ld.load_session(tmp_path / "b"), ld.EagerSession(model)
+    tokens = np.random.default_rng(0).integers(0, 97, (1, 90))
+    assert relative(ours.prefill(tokens), oracle.prefill(tokens)) < MODEL
+    for name, tensor in oracle.state().tensors.items():
+        assert relative(ours.state().tensors[name], tensor) < MODEL
+
+
+def test_four_bits_stay_close(tmp_path: Path) -> None:
+    bundle = ld.export_bundle(EMBEDDED, "executorch", tmp_path / "b", ld.ExportOptions(quant="int4", chunk=16))
+    rows = {row.check: row for row in verify(bundle.path)}
+    assert [row.check for row in rows.values() if not row.passed] == []
+    assert rows["mean divergence (KL, nats a token)"].value > 1e-3  # it is quantized
+    assert bundle.manifest.files["model.pte"].size < 3.4e6  # float32: 10.7 MB
+
+
+def test_what_quantization_does_not_reach_is_refused(tmp_path: Path) -> None:
+    options = ld.ExportOptions(quant="int4")
+    with pytest.raises(ld.UserError, match="--quant does not reach weight"):
+        ld.export_bundle(ld.linearize(family("qwen3_moe")), "executorch", tmp_path / "b", options)
+    odd_rows = ld.linearize(small_llama(intermediate_size=72))
+    with pytest.raises(ld.UserError, match="needs rows in groups of 32"):
+        ld.export_bundle(odd_rows, "executorch", tmp_path / "b", options)
+    with pytest.raises(ld.UserError, match="fixes the number of rows at export"):
+        ld.export_bundle(None, "executorch", tmp_path / "b", ld.ExportOptions(batch=0))
+    assert not (tmp_path / "b").exists()
