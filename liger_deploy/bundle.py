@@ -50,13 +50,17 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GraphTensor:
-    """One tensor of the state: canonical name and shape (no batch), and its dtype and names in the graph."""
+    """One tensor of the state: canonical name and shape (no batch), and its dtype and names in the graph.
+
+    A `ring` is a window whose graph keeps token t in slot t mod W; the canonical one is oldest first.
+    """
 
     name: str
     shape: list[int]
     dtype: str
     input: str
     output: str
+    ring: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,14 @@ class GraphInfo:
         chunk: most tokens that one prefill call takes.
         batch: rows that the graph takes, or 0 for any number.
         state: the state's tensors in call order.
+        requires: what the machine must have to load the files, by name; empty where any will do.
     """
 
     files: dict[str, str]
     chunk: int
     batch: int
     state: list[GraphTensor]
+    requires: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Quant = Literal["none", "int8", "int4"]
 QUANTS = ("none", "int8", "int4")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Target:
         packages: modules the lowering needs, beyond torch.
         extra: the extra of liger-deploy that installs them.
         dtypes, quants, devices: what the lowering supports; the rest is refused.
-        chunk: default of `ExportOptions.chunk`.
+        chunk: default of `ExportOptions.chunk`; 0 where that depends on the device.
         batch: default of `ExportOptions.batch`; if it is not 0, the number of rows is fixed at export.
     """
 
@@ -92,9 +93,8 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(
-            "onnx", "onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", ("float32",), QUANTS, ("cpu",), chunk=256
-        ),
+        Target("onnx", "onnx", ONNX_PACKAGES, "onnx", ("float32",), QUANTS, ("cpu",), chunk=256),
         Target("executorch", "executorch", ("executorch",), "executorch", ("float32",), QUANTS, ("cpu",), 64, batch=1),
+        Target("inductor", "inductor", (), "", DTYPES, ("none",), ("cpu", "cuda"), chunk=0),
     )
 }

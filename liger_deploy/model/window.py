@@ -113,6 +113,22 @@ def keep_last(kept_BGSK: Tensor, valid_B: Tensor | None, window: int) -> Tensor:
     return kept_BGSK.gather(2, index_BW[:, None, :, None].expand(-1, kept_BGSK.shape[1], -1, kept_BGSK.shape[3]))
 
 
+def to_ring(kept_BGWK: Tensor, length_B: Tensor) -> Tensor:
+    """A window, oldest first, as a ring after `length` tokens: token t in slot t mod W."""
+    return _by_slot(kept_BGWK, -length_B)
+
+
+def from_ring(ring_BGWK: Tensor, length_B: Tensor) -> Tensor:
+    """The inverse of `to_ring`."""
+    return _by_slot(ring_BGWK, length_B)
+
+
+def _by_slot(x_BGWK: Tensor, shift_B: Tensor) -> Tensor:
+    window = x_BGWK.shape[2]
+    index_BW = (torch.arange(window, device=x_BGWK.device) + shift_B[:, None]) % window
+    return x_BGWK.gather(2, index_BW[:, None, :, None].expand_as(x_BGWK))
+
+
 def keep_first(kept_BGSK: Tensor, new_BGTK: Tensor, length_B: Tensor, valid_B: Tensor | None) -> Tensor:
     """The first S entries of each row after T new tokens, of which `valid` count: [B, G, S, K]."""
     count, tokens = kept_BGSK.shape[2], new_BGTK.shape[2]

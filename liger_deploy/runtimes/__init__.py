@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _RUNTIMES = {
     "onnx": ("onnx", "OnnxSession", "onnxruntime", "onnx"),
     "executorch": ("executorch", "ExecuTorchSession", "executorch", "executorch"),
+    "inductor": ("inductor", "InductorSession", "torch", "onnx"),
 }
 
 
