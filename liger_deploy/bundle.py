@@ -230,7 +230,7 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return {str(key): _value(arguments[1], item, where) for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if origin is None and isinstance(value, hint) and not isinstance(value, bool):
+    if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise BundleError(f"{where} has the wrong type")
 

@@ -76,11 +76,16 @@ def compare(session: BaseSession, oracle: BaseSession, prompt: Sequence[int], to
 
 # Mean divergence from the float32 model (nats a token), share of tokens whose most likely next one differs, and how far
 # logits move when a prompt is cut elsewhere (activations are rounded to 8 bits in both cuts, but not alike).
-QUANT_LIMITS = {"int8": (0.01, 0.08, 0.1), "int4": (0.2, 0.35, 0.2)}
+QUANT_LIMITS = {
+    "float16": (0.001, 0.02, 0.02),
+    "bfloat16": (0.01, 0.08, 0.1),
+    "int8": (0.01, 0.08, 0.1),
+    "int4": (0.2, 0.35, 0.2),
+}
 
 
 def compare_quantized(session: BaseSession, oracle: BaseSession, text: Sequence[int], quant: str) -> list[Row]:
-    """The table of a quantized bundle: how far from the float32 `oracle` it is on `text`, fed to both.
+    """The table of a quantized or 16-bit bundle: how far from the float32 `oracle` it is on `text`, fed to both.
 
     Its states still move: handed to itself, a state continues to the bit; handed over from the oracle, within the
     divergence of the weights.
@@ -187,11 +192,12 @@ def verify(bundle: str | os.PathLike[str], model: str | os.PathLike[str] | None 
     if expected != found:
         which = f"{model} is" if model else "the embedded model is"
         raise UserError(f"{which} {found}, the bundle was made from {expected}: give its checkpoint with --model")
-    quant = opened.manifest.model.quant
-    if quant == "none":
+    info = opened.manifest.model
+    precision = info.dtype if info.quant == "none" else info.quant
+    if precision == "float32":
         rows = compare(load_session(opened), oracle, _prompt(opened, PROMPT), tokens)
     else:
-        rows = compare_quantized(load_session(opened), oracle, _prompt(opened, PROMPT + tokens), quant)
+        rows = compare_quantized(load_session(opened), oracle, _prompt(opened, PROMPT + tokens), precision)
     write_json(opened.path / "parity.json", [{**dataclasses.asdict(row), "passed": row.passed} for row in rows])
     return rows
 

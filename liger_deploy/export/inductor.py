@@ -68,10 +68,11 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     _check_device(options.device)
     if model.device.type != options.device:
         model = copy.deepcopy(model).to(options.device)  # type: ignore[arg-type]
-    chunk, batch, rings = options.chunk or CHUNK[options.device], options.batch or 0, _ring_layers(model)
+    chunk, batch, gpu = options.chunk or CHUNK[options.device], options.batch or 0, _on_gpu(options.device)
+    rings = _ring_layers(model) if gpu else set()
     with _quiet():
         graphs = {"decode": _trace(model, batch, 0, rings), "prefill": _trace(model, batch, chunk, rings)}
-        if options.device == "cuda":
+        if gpu:
             for graph in graphs.values():
                 merge_linears(graph.module)
             if batch == 1:
@@ -109,10 +110,12 @@ def _trace(model: PreTrainedModel, batch: int, chunk: int, rings: set[int]) -> G
     return Graph(traced.module(), arguments)  # type: ignore[arg-type]
 
 
+def _on_gpu(device: str) -> bool:
+    return device == "cuda"
+
+
 def _ring_layers(model: PreTrainedModel) -> set[int]:
-    """Layers whose window is a ring inside the graph: on CUDA, those that `liger::attention_step` carries."""
-    if model.device.type != "cuda":
-        return set()
+    """Layers whose window is a ring inside the graph: those that `liger::attention_step` carries."""
     from liger_deploy.model.kernels.attention_step import supports
 
     return {layer.layer_idx for layer in _layers(model) if supports(layer.liger, layer.head_dim)}
@@ -136,7 +139,7 @@ def _layers(model: PreTrainedModel) -> list[LigerAttention]:
 
 def _package(graphs: dict[str, Graph], path: Path) -> None:
     from torch._inductor import aot_compile, config
-    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
     from torch._inductor.package import package_aoti  # type: ignore[attr-defined]
 
     settings: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
@@ -144,7 +147,9 @@ def _package(graphs: dict[str, Graph], path: Path) -> None:
         settings["cpp.march"] = _MARCH.get(torch.backends.cpu.get_cpu_capability(), "x86-64")
     try:
         files = {name: aot_compile(*graph, options=settings) for name, graph in graphs.items()}
-    except InvalidCxxCompiler:
+    except (InvalidCxxCompiler, InductorError) as error:
+        if InvalidCxxCompiler.__name__ not in f"{type(error).__name__} {error}":
+            raise
         raise UserError("target 'inductor' compiles C++: install g++, or set CXX to a compiler") from None
     package_aoti(str(path), files)  # type: ignore[arg-type]
 

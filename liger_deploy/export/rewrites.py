@@ -60,6 +60,8 @@ def _joined(module: GraphModule, nodes: list[Node]) -> Node:
 
 def step_linears(module: GraphModule) -> None:
     """`liger::linear_step` for each linear layer of a graph of one row and one token, after `merge_linears`."""
+    import liger_deploy.model.kernels.linear_step  # noqa: F401  (registers the operator)
+
     for node in list(module.graph.find_nodes(op="call_function", target=LINEAR)):
         x, weight, *bias = node.args
         norm = match_norm(x)

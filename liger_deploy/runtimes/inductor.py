@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from liger_deploy.bundle import Bundle
 from liger_deploy.errors import BundleError, UserError
 from liger_deploy.model.window import from_ring, to_ring
+from liger_deploy.runtimes.cuda_graphs import overlap_kernels
 from liger_deploy.runtimes.session import BaseSession, Logits
 from liger_deploy.state import Array
 
@@ -89,10 +90,13 @@ class _Graph:
     """One step captured as a CUDA graph, over the session's own state."""
 
     def __init__(self, decode: Any, tokens_B: torch.Tensor, state: tuple[torch.Tensor, ...]) -> None:
-        self._tokens_B, self._graph = tokens_B, torch.cuda.CUDAGraph()
+        self._tokens_B, self._graph = tokens_B, torch.cuda.CUDAGraph(keep_graph=True)
         torch.cuda.synchronize()
         with torch.cuda.graph(self._graph):
             self._logits_BN: torch.Tensor = decode(tokens_B, *state)
+        if torch.cuda.get_device_capability() >= (9, 0):
+            overlap_kernels(self._graph.raw_cuda_graph())
+        self._graph.instantiate()
 
     def replay(self, tokens_B: torch.Tensor) -> torch.Tensor:
         self._tokens_B.copy_(tokens_B)

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.library import wrap_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def launcher(kernel: Any) -> Any:
-    """What an op launches: the kernel as a graph may hold it, or, interpreted, the kernel itself."""
-    return kernel if INTERPRETED else wrap_triton(kernel)
+def overlaps() -> bool:
+    """Whether kernels may start before the one ahead of them has ended (programmatic dependent launch)."""
+    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def launcher(kernel: Any, argument: Tensor) -> Any:
+    """What an op launches: the kernel as a graph may hold it; interpreted, the kernel itself, unless its arguments are
+    fake ones of a trace."""
+    if not INTERPRETED:
+        return wrap_triton(kernel)
+    return _Nothing() if isinstance(argument, FakeTensor | FunctionalTensor) else kernel
+
+
+class _Nothing:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: None

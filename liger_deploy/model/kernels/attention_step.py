@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from liger_deploy.config import LigerConfig
 from liger_deploy.gates import STRUCTURES
 from liger_deploy.model import window
-from liger_deploy.model.kernels import launcher
+from liger_deploy.model.kernels import launcher, overlaps
 from liger_deploy.model.lolcats import Lolcats
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
 from liger_deploy.model.window import Rope
@@ -41,6 +42,7 @@ _GATES = {
 }
 _LARGEST = 16384  # elements of a tile of state or window that one program holds
 _NO_RECURRENCE = tl.constexpr(6)
+BLOCK_V, BLOCK_H, WARPS = 64, 32, 4  # where heads alone fill a GPU: little is held at once
 
 
 @triton.jit
@@ -66,14 +68,35 @@ def _log_decay(p, head, normalizer, lower_bound, GATE: tl.constexpr):
 
 
 @triton.jit
-def _phi(x_C, in_C, SOFTMAX: tl.constexpr):
-    """Feature map of one head; channels beyond K are 0."""
+def _phi(x_RC, in_C, SOFTMAX: tl.constexpr):
+    """Feature map of each row; channels beyond K become 0."""
     if SOFTMAX:
-        x_C = tl.where(in_C, x_C, float("-inf"))
-        e_C = tl.exp(x_C - tl.max(x_C, 0))
-        return e_C / tl.sum(e_C, 0)
+        x_RC = tl.where(in_C[None, :], x_RC, float("-inf"))
+        e_RC = tl.exp(x_RC - tl.max(x_RC, 1)[:, None])
+        return e_RC / tl.sum(e_RC, 1)[:, None]
     else:
-        return x_C
+        return x_RC
+
+
+@triton.jit
+def _dot(a, b, KIND: tl.constexpr):
+    """Product of two float32 tiles: their values rounded to the model's 16 bits, or in full float32."""
+    if tl.float32 == KIND:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a.to(KIND), b.to(KIND))
+
+
+@triton.jit
+def _halves(row_X1, h_H, half, in_XH):
+    """The two parts of rows of keys or queries that RoPE turns against each other."""
+    return tl.load(row_X1 + h_H[None, :], in_XH, 0.0), tl.load(row_X1 + half + h_H[None, :], in_XH, 0.0)
+
+
+@triton.jit
+def _turn(cos_ptr, sin_ptr, place_W, h_H, ROTARY: tl.constexpr, in_WH):
+    at_WH = place_W[:, None] * ROTARY + h_H[None, :]
+    return tl.load(cos_ptr + at_WH, in_WH, 0.0), tl.load(sin_ptr + at_WH, in_WH, 0.0)
 
 
 @triton.jit
@@ -83,80 +106,119 @@ def _attention_step(
     normalizer, lower_bound, recurrent_weight, window_weight, scale,
     G, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr,
     GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr, KEY_FROM_GATE: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BREST: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BREST: tl.constexpr,
+    BLOCKS: tl.constexpr, HALF_BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head = tl.program_id(0).to(tl.int64)
     row, group = head // G, head % G
+    kind: tl.constexpr = q_ptr.dtype.element_ty
     half: tl.constexpr = ROTARY // 2
-    c_C, c_V, j_W = tl.arange(0, BK), block * BV + tl.arange(0, BV), tl.arange(0, BW)
-    in_C, in_V, in_W = c_C < K, c_V < V, j_W < W
+    r_R, c_C, j_W = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BW)
+    in_R, in_C, in_W = r_R < R, c_C < K, j_W < W
+    h_H, rest_C = tl.arange(0, BH), ROTARY + tl.arange(0, BREST)
+    in_H, in_rest = h_H < half, rest_C < K
+    c_V = tl.program_id(1) * BLOCKS * BV + tl.arange(0, BV)
+    if OVERLAP:
+        gdc_launch_dependents()
+
+    # What the projections ahead do not change: loaded while they still run.
     length = tl.load(length_ptr + row)
     slot = (length % W).to(tl.int32)
     distance_W = (slot - j_W + W) % W
     is_new_W, seen_W = j_W == slot, in_W & (distance_W <= length)
-
-    v_V = tl.load(v_ptr + row * v_row + group * V + c_V, in_V, 0.0)
-    window_VW = ring_v_ptr + (head * W + j_W[:, None]) * V + c_V[None, :]
-    values_WV = tl.load(window_VW, (seen_W & ~is_new_W)[:, None] & in_V[None, :], 0.0)
-    values_WV = tl.where(is_new_W[:, None], v_V[None, :], values_WV).to(tl.float32)
-    tl.store(ring_v_ptr + (head * W + slot) * V + c_V, v_V, in_V)
-
-    # Keys in three parts: the two halves that turn against each other, and the channels that do not turn.
-    h_H, rest_C = tl.arange(0, BH), ROTARY + tl.arange(0, BREST)
-    in_H, in_rest = h_H < half, rest_C < K
+    old_W = seen_W & ~is_new_W
     ring_k_W1 = ring_k_ptr + (head * W + j_W[:, None]) * K
-    old_W1 = (seen_W & ~is_new_W)[:, None]
-    new_k_ptr = k_ptr + row * k_row + group * K
     if ROTARY > 0:
-        first_H, second_H = tl.load(new_k_ptr + h_H, in_H, 0.0), tl.load(new_k_ptr + half + h_H, in_H, 0.0)
-        a_WH = tl.load(ring_k_W1 + h_H[None, :], old_W1 & in_H[None, :], 0.0)
-        b_WH = tl.load(ring_k_W1 + half + h_H[None, :], old_W1 & in_H[None, :], 0.0)
-        a_WH = tl.where(is_new_W[:, None], first_H[None, :], a_WH).to(tl.float32)
-        b_WH = tl.where(is_new_W[:, None], second_H[None, :], b_WH).to(tl.float32)
-        place_WH = (W - distance_W)[:, None] * ROTARY + h_H[None, :]
-        cos_WH = tl.load(cos_ptr + place_WH, in_W[:, None] & in_H[None, :], 0.0)
-        sin_WH = tl.load(sin_ptr + place_WH, in_W[:, None] & in_H[None, :], 0.0)
-        turned_a_WH, turned_b_WH = a_WH * cos_WH - b_WH * sin_WH, b_WH * cos_WH + a_WH * sin_WH
-        cos_H, sin_H = tl.load(cos_ptr + W * ROTARY + h_H, in_H, 0.0), tl.load(sin_ptr + W * ROTARY + h_H, in_H, 0.0)
+        a_WH, b_WH = _halves(ring_k_W1, h_H, half, old_W[:, None] & in_H[None, :])
+        cos_WH, sin_WH = _turn(cos_ptr, sin_ptr, W - distance_W, h_H, ROTARY, in_W[:, None] & in_H[None, :])
+    if ROTARY < K:
+        rest_WC = tl.load(ring_k_W1 + rest_C[None, :], old_W[:, None] & in_rest[None, :], 0.0)
+    ring_v_WV = ring_v_ptr + (head * W + j_W[:, None]) * V
+    values_WV = tl.load(ring_v_WV + c_V[None, :], old_W[:, None] & (c_V < V)[None, :], 0.0)
+    state_CV = state_ptr + head * K * V + c_C[:, None] * V
+    s_CV = tl.zeros([BK, BV], tl.float32)
+    if GATE != _NO_RECURRENCE and BLOCKS == 1:
+        s_CV = tl.load(state_CV + c_V[None, :], in_C[:, None] & (c_V < V)[None, :], 0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_wait()
+
+    # The window's weights: softmax over keys turned by distance.
+    query_R1 = q_ptr + row * q_row + (group * R + r_R[:, None]) * K
+    new_k_ptr = k_ptr + row * k_row + group * K
+    scores_RW = tl.zeros([BR, BW], tl.float32)
+    if ROTARY > 0:
+        for block in tl.static_range(HALF_BLOCKS):
+            if block > 0:
+                h_H += BH
+                in_H = h_H < half
+                a_WH, b_WH = _halves(ring_k_W1, h_H, half, old_W[:, None] & in_H[None, :])
+                cos_WH, sin_WH = _turn(cos_ptr, sin_ptr, W - distance_W, h_H, ROTARY, in_W[:, None] & in_H[None, :])
+            new_a_H, new_b_H = tl.load(new_k_ptr + h_H, in_H, 0.0), tl.load(new_k_ptr + half + h_H, in_H, 0.0)
+            key_a_WH = tl.where(is_new_W[:, None], new_a_H[None, :], a_WH).to(tl.float32)
+            key_b_WH = tl.where(is_new_W[:, None], new_b_H[None, :], b_WH).to(tl.float32)
+            qa_RH, qb_RH = _halves(query_R1, h_H, half, in_R[:, None] & in_H[None, :])
+            qa_RH, qb_RH = qa_RH.to(tl.float32), qb_RH.to(tl.float32)
+            cos_H = tl.load(cos_ptr + W * ROTARY + h_H, in_H, 0.0)
+            sin_H = tl.load(sin_ptr + W * ROTARY + h_H, in_H, 0.0)
+            scores_RW += _dot(qa_RH * cos_H - qb_RH * sin_H, tl.trans(key_a_WH * cos_WH - key_b_WH * sin_WH), kind)
+            scores_RW += _dot(qb_RH * cos_H + qa_RH * sin_H, tl.trans(key_b_WH * cos_WH + key_a_WH * sin_WH), kind)
     if ROTARY < K:
         new_rest_C = tl.load(new_k_ptr + rest_C, in_rest, 0.0)
-        rest_WC = tl.load(ring_k_W1 + rest_C[None, :], old_W1 & in_rest[None, :], 0.0)
         rest_WC = tl.where(is_new_W[:, None], new_rest_C[None, :], rest_WC).to(tl.float32)
+        q_rest_RC = tl.load(query_R1 + rest_C[None, :], in_R[:, None] & in_rest[None, :], 0.0).to(tl.float32)
+        scores_RW += _dot(q_rest_RC, tl.trans(rest_WC), kind)
+    scores_RW = tl.where(seen_W[None, :], scores_RW * scale, float("-inf"))
+    weights_RW = tl.exp(scores_RW - tl.max(scores_RW, 1)[:, None])
+    weights_RW = weights_RW * (window_weight / tl.sum(weights_RW, 1))[:, None]
 
+    # The recurrence's gate, key and queries.
     k_C = tl.load(new_k_ptr + c_C, in_C, 0.0)
-    if block == 0:
+    if tl.program_id(1) == 0:
         tl.store(ring_k_ptr + (head * W + slot) * K + c_C, k_C, in_C)
     if GATE != _NO_RECURRENCE:
         p_C = tl.load(gate_ptr + row * gate_row + group * K + c_C, in_C, 0.0).to(tl.float32)
         if SCALAR:
             p_C = tl.sum(p_C, 0) / K + p_C * 0.0
-        g_C = _log_decay(p_C, group.to(tl.float32), normalizer, lower_bound, GATE)
-        alpha_C = tl.exp(g_C)
-        write_C = 1.0 - alpha_C if KEY_FROM_GATE else _phi(k_C.to(tl.float32), in_C, SOFTMAX)
+        alpha_C = tl.exp(_log_decay(p_C, group.to(tl.float32), normalizer, lower_bound, GATE))
+        if KEY_FROM_GATE:
+            write_C = 1.0 - alpha_C
+        else:
+            write_C = tl.sum(_phi(k_C.to(tl.float32)[None, :], in_C, SOFTMAX), 0)
         write_C = tl.where(in_C, write_C, 0.0)
-        state_CV = state_ptr + head * K * V + c_C[:, None] * V + c_V[None, :]
-        inside_CV = in_C[:, None] & in_V[None, :]
-        s_CV = tl.load(state_CV, inside_CV, 0.0).to(tl.float32)
-        s_CV = s_CV * alpha_C[:, None] + write_C[:, None] * v_V.to(tl.float32)[None, :]
-        tl.store(state_CV, s_CV.to(state_ptr.dtype.element_ty), inside_CV)
 
-    for r in tl.static_range(R):
-        query_ptr = q_ptr + row * q_row + (group * R + r) * K
-        scores_W = tl.zeros([BW], tl.float32)
-        if ROTARY > 0:
-            qa_H = tl.load(query_ptr + h_H, in_H, 0.0).to(tl.float32)
-            qb_H = tl.load(query_ptr + half + h_H, in_H, 0.0).to(tl.float32)
-            turned_H, other_H = qa_H * cos_H - qb_H * sin_H, qb_H * cos_H + qa_H * sin_H
-            scores_W += tl.sum(turned_a_WH * turned_H[None, :] + turned_b_WH * other_H[None, :], 1)
-        if ROTARY < K:
-            scores_W += tl.sum(rest_WC * tl.load(query_ptr + rest_C, in_rest, 0.0).to(tl.float32)[None, :], 1)
-        scores_W = tl.where(seen_W, scores_W * scale, float("-inf"))
-        e_W = tl.exp(scores_W - tl.max(scores_W, 0))
-        out_V = window_weight * (tl.sum(e_W[:, None] * values_WV, 0) / tl.sum(e_W, 0))
-        if GATE != _NO_RECURRENCE:
-            q_C = _phi(tl.load(query_ptr + c_C, in_C, 0.0).to(tl.float32), in_C, SOFTMAX)
-            out_V += recurrent_weight * tl.sum(q_C[:, None] * s_CV, 0)
-        tl.store(out_ptr + (head * R + r) * V + c_V, out_V.to(out_ptr.dtype.element_ty), in_V)
+        q_RC = tl.load(query_R1 + c_C[None, :], in_R[:, None] & in_C[None, :], 0.0).to(tl.float32)
+        q_RC = _phi(q_RC, in_C, SOFTMAX) * recurrent_weight
+
+    for _ in range(BLOCKS):
+        in_V = c_V < V
+        inside_CV = in_C[:, None] & in_V[None, :]
+        v_V = tl.load(v_ptr + row * v_row + group * V + c_V, in_V, 0.0)
+        if BLOCKS == 1:
+            old_WV = values_WV
+        else:
+            old_WV = tl.load(ring_v_WV + c_V[None, :], old_W[:, None] & in_V[None, :], 0.0)
+        tl.store(ring_v_ptr + (head * W + slot) * V + c_V, v_V, in_V)
+        near_RV = _dot(weights_RW, tl.where(is_new_W[:, None], v_V[None, :], old_WV).to(tl.float32), kind)
+        out_R1 = out_ptr + (head * R + r_R[:, None]) * V
+        if GATE == _NO_RECURRENCE:
+            tl.store(out_R1 + c_V[None, :], near_RV.to(kind), in_R[:, None] & in_V[None, :])
+        else:
+            if BLOCKS == 1:
+                before_CV = s_CV
+            else:
+                before_CV = tl.load(state_CV + c_V[None, :], inside_CV, 0.0).to(tl.float32)
+            after_CV = before_CV * alpha_C[:, None] + write_C[:, None] * v_V.to(tl.float32)[None, :]
+            tl.store(state_CV + c_V[None, :], after_CV.to(state_ptr.dtype.element_ty), inside_CV)
+            if BLOCKS == 1:  # in three parts on the matrix units: float32's accuracy, and the shortest way
+                out_RV = near_RV + tl.dot(q_RC, after_CV, input_precision="tf32x3")
+                tl.store(out_R1 + c_V[None, :], out_RV.to(kind), in_R[:, None] & in_V[None, :])
+            else:  # too narrow for the matrix units to pay: those parts would fill the registers
+                for r in tl.static_range(R):
+                    q_C = tl.sum(tl.where(r_R[:, None] == r, q_RC, 0.0), 0)
+                    near_V = tl.sum(tl.where(r_R[:, None] == r, near_RV, 0.0), 0)
+                    far_V = tl.sum(q_C[:, None] * after_CV, 0)
+                    tl.store(out_ptr + (head * R + r) * V + c_V, (near_V + far_V).to(kind), in_V)
+        c_V += BV
 
 
 @triton_op("liger::attention_step", mutates_args={"recurrent_BGKV", "ring_k_BGWK", "ring_v_BGWV"})
@@ -189,27 +251,36 @@ def attention_step(
         x if x[0].is_contiguous() else x.contiguous() for x in (q_BGRK, k_BGK, v_BGV, gate_key_BGK)
     )
     out_BGRV = torch.empty((batch, groups, queries, width), dtype=q_BGRK.dtype, device=q_BGRK.device)
-    block_v = _value_block(batch * groups, width)
-    launcher(_attention_step)[(batch * groups, triton.cdiv(width, block_v))](
+    block_v, blocks = _value_blocks(batch * groups, width)
+    block_h = _block(rotary // 2) if blocks == 1 else min(BLOCK_H, _block(rotary // 2))
+    launcher(_attention_step, q_BGRK)[(batch * groups, triton.cdiv(width, block_v * blocks))](
         q_BGRK, k_BGK, v_BGV, gate_key_BGK, length_B, recurrent_BGKV, ring_k_BGWK, ring_v_BGWV, cos_SK, sin_SK,
         out_BGRV,
         q_BGRK.stride(0), k_BGK.stride(0), v_BGV.stride(0), gate_key_BGK.stride(0),
         normalizer, lower_bound, recurrent_weight, window_weight, scale,
         groups, R=queries, K=dim, V=width, W=slots, ROTARY=rotary,
         GATE=_GATES[structure], SCALAR=row.width == "scalar", SOFTMAX=softmax_map, KEY_FROM_GATE=row.key_from_gate,
-        BK=triton.next_power_of_2(dim), BV=block_v, BW=triton.next_power_of_2(slots),
-        BH=triton.next_power_of_2(max(rotary // 2, 1)), BREST=triton.next_power_of_2(max(dim - rotary, 1)),
-        num_warps=8 if block_v >= 128 else 4,
+        BR=_block(queries), BK=_block(dim), BV=block_v, BW=_block(slots), BH=block_h,
+        BREST=_block(dim - rotary), BLOCKS=blocks, HALF_BLOCKS=triton.cdiv(rotary // 2, block_h),
+        OVERLAP=overlaps(), num_warps=WARPS,
     )  # fmt: skip
     return out_BGRV
 
 
-def _value_block(heads: int, width: int) -> int:
-    """All of a head's values in one program where heads alone fill a GPU, else a part."""
-    block = triton.next_power_of_2(width)
+def _block(size: int) -> int:
+    """Tiles are powers of two, and the matrix units take no side below 16."""
+    return int(max(16, triton.next_power_of_2(max(size, 1))))
+
+
+def _value_blocks(heads: int, width: int) -> tuple[int, int]:
+    """(values of one block, blocks of one program): all of a head's where heads alone fill a GPU, else a part."""
+    if not isinstance(heads, int) or heads >= 128:  # a symbol in a graph for any number of rows
+        block = min(BLOCK_V, _block(width))
+        return block, int(triton.cdiv(width, block))
+    block = _block(width)
     while block > 16 and heads * triton.cdiv(width, block) < 128:
         block //= 2
-    return int(block)
+    return block, 1
 
 
 def supports(config: LigerConfig, head_dim: int) -> bool:

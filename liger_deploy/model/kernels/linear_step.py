@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from liger_deploy.model.kernels import launcher
+from liger_deploy.model.kernels import launcher, overlaps
 
 
 @triton.jit
@@ -39,13 +40,17 @@ def _normed(x_D, scale, norm_ptr, d_D, in_D, NORM: tl.constexpr):
 def _linear_step(
     x_ptr, weight_ptr, norm_ptr, residual_ptr, out_ptr, eps,
     N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     n_N, d_D = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
     in_N, in_D = n_N < N, d_D < D
     w_ND = _tile(weight_ptr, n_N, d_D, in_N[:, None] & in_D[None, :], D)
     if SWIGLU:
         u_ND = _tile(weight_ptr, n_N + N, d_D, in_N[:, None] & in_D[None, :], D)
+    if OVERLAP:
+        gdc_wait()
     x_D = tl.load(x_ptr + d_D, in_D, 0.0)
     scale = 1.0
     if NORM:
@@ -86,10 +91,10 @@ def linear_step(
     rows = rows // 2 if swiglu else rows
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
     block_n, block_d, warps = tiling(rows, width, swiglu)
-    launcher(_linear_step)[(triton.cdiv(rows, block_n),)](
+    launcher(_linear_step, x)[(triton.cdiv(rows, block_n),)](
         x, weight_ND, x if norm_D is None else norm_D, x if residual is None else residual, out, eps,
         N=rows, D=width, BN=block_n, BD=block_d,
-        NORM=norm_D is not None, SWIGLU=swiglu, RESIDUAL=residual is not None, num_warps=warps,
+        NORM=norm_D is not None, SWIGLU=swiglu, RESIDUAL=residual is not None, OVERLAP=overlaps(), num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -97,5 +102,5 @@ def linear_step(
 def tiling(rows: int, width: int, swiglu: bool) -> tuple[int, int, int]:
     """(rows of W a program takes, columns of one load, warps)."""
     block_d = min(triton.next_power_of_2(width), 2048)
-    block_n = 4 if rows * width <= 1 << 23 else 8
-    return (max(block_n // 2, 1) if swiglu else block_n), block_d, 4
+    few = swiglu or width > 2048 or rows * width <= 1 << 22  # then a program's share is smaller, or it takes two tiles
+    return (2 if few else 4), block_d, (8 if width > 4096 else 4)

@@ -1,0 +1,213 @@
+"""The inductor target: its rewrites are exact, its packages equal PyTorch, and what does not fit a machine says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+import liger_deploy as ld
+from liger_deploy.bundle import Bundle, Manifest, write_manifest
+from liger_deploy.export import EMBEDDED, inductor
+from liger_deploy.export.rewrites import merge_linears, step_linears
+from liger_deploy.runtimes import inductor as runtime
+from liger_deploy.text import Text
+from liger_deploy.verify import compare, verify
+from tests.conftest import liger, relative, small_llama
+from tests.test_families import FAMILIES, family
+from tests.tolerances import MODEL
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's package, for any number of rows."""
+    return ld.export_bundle(None, "inductor", tmp_path_factory.mktemp("inductor") / "tiny").path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("chunk", [0, 12])
+def test_rewrites_are_exact(name: str, chunk: int) -> None:
+    """Merged and stepped graphs against the traced one, logits and state, on random states."""
+    model = liger(family(name), window=6)
+    graph = inductor._trace(model, 1, chunk, set())
+
+    def run(module: GraphModule) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        inputs = [
+            torch.randn_like(x) if x.is_floating_point() else torch.randint(5, 12, x.shape) for x in graph.arguments
+        ]
+        return [module(*inputs), *inputs]
+
+    expected = run(graph.module)
+    merge_linears(graph.module)
+    if not chunk:
+        step_linears(graph.module)
+        targets = [str(node.target) for node in graph.module.graph.nodes]
+        assert "aten.linear.default" not in targets
+    for ours, theirs in zip(run(graph.module), expected, strict=True):
+        assert relative(ours, theirs) < MODEL
+
+
+def test_a_llama_step_is_five_products_a_layer() -> None:
+    """q, k, v; o with the sum after it; gate, up with the norm before; down with its sum: four, and the head."""
+    graph = inductor._trace(liger(small_llama()), 1, 0, set())
+    merge_linears(graph.module)
+    step_linears(graph.module)
+    steps = graph.module.graph.find_nodes(op="call_function", target=torch.ops.liger.linear_step.default)
+    found = [(node.args[2] is not None, node.args[4], node.args[5] is not None) for node in steps]
+    layer = [(True, False, False), (False, False, True), (True, True, False), (False, False, True)]
+    assert found == [*layer, *layer, (True, False, False)]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"structure": "mamba2"}, {"structure": "window"}, {"softmax_layers": (1,), "sinks": 2}]
+)
+def test_graphs_on_rings(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA compiles, run by PyTorch with interpreted kernels in the session: tokens and states of the model."""
+    model = liger(small_llama(), window=6, **config)
+    graphs: dict[str, GraphModule] = {}
+
+    def keep(traced: dict[str, inductor.Graph], path: Path) -> None:
+        graphs.update({name: graph.module for name, graph in traced.items()})
+        path.write_bytes(b"kept in memory")
+
+    monkeypatch.setattr(inductor, "_package", keep)
+    monkeypatch.setattr(inductor, "_check_loads", lambda path: None)
+    monkeypatch.setattr(inductor, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(runtime, "_load", lambda bundle, name, weights: torch.no_grad()(graphs[name]))
+    bundle = ld.export_bundle(model, "inductor", tmp_path / "b", ld.ExportOptions(chunk=20))
+    rings = {t.name for t in bundle.manifest.graph.state if t.ring}
+    layers = [0] if "softmax_layers" in config else [0, 1]
+    assert rings == {f"layers.{i}.window_{x}" for i in layers for x in "kv"}
+    session = ld.load_session(bundle)
+    rows = compare(session, ld.EagerSession(model), np.random.default_rng(0).integers(0, 97, 50).tolist(), 8)
+    assert [row for row in rows if not row.passed] == []
+
+
+@pytest.mark.xdist_group("inductor")
+def test_the_trained_model_passes_its_table(bundle: Path) -> None:
+    """`export` and `verify` on the embedded model."""
+    assert [row for row in verify(bundle, tokens=64) if not row.passed] == []
+
+
+@pytest.mark.xdist_group("inductor")
+def test_states_move_to_onnx_and_back(bundle: Path, tiny_bundle: Path) -> None:
+    """Greedy tokens after a handover, both ways, two ragged rows at once."""
+    sessions = [ld.load_session(bundle), ld.load_session(tiny_bundle)]
+    ids = Text(Bundle.open(bundle)).encode("def add(a, b):\n    return a + b\n\n\ndef ")
+    rows, valid = [ids, ids[::-1]], [len(ids), len(ids) - 3]
+    for first, second in (sessions, sessions[::-1]):
+        for session in (first, second):
+            session.reset()
+        token = first.prefill(rows, valid).argmax(-1)
+        second.load_state(first.state())
+        for _ in range(40):
+            ours, theirs = first.step(token), second.step(token)
+            assert relative(ours, theirs) < MODEL
+            token = ours.argmax(-1)
+
+
+@pytest.mark.xdist_group("inductor")
+def test_fifty_forks_share_the_weights(bundle: Path) -> None:
+    """Each gives what a lone session gives, and none copies a weight."""
+    session = ld.load_session(bundle)
+    session.prefill([[5, 6, 7]])
+    lone = [session.fork().step([token])[0] for token in range(50)]
+    twins = [session.fork() for _ in range(50)]
+    kept = [twin.step([token])[0] for token, twin in enumerate(twins)]
+    assert all(np.array_equal(a, b) for a, b in zip(kept, lone, strict=True))
+    assert all(twin._weights is session._weights for twin in twins)  # type: ignore[attr-defined]
+    assert len({twin._tensors[0].data_ptr() for twin in twins}) == 50  # type: ignore[attr-defined]
+
+
+def _changed(bundle: Path, copy: Path, change: Callable[[Manifest], Manifest]) -> Path:
+    shutil.copytree(bundle, copy)
+    manifest = change(Manifest.from_dict(json.loads((copy / "manifest.json").read_text())))
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, manifest)
+    return copy
+
+
+@pytest.mark.xdist_group("inductor")
+@pytest.mark.parametrize(
+    ("requires", "message"),
+    [
+        ({"torch": "2.5"}, "was compiled for torch 2.5, here it is"),
+        ({"platform": "linux-sparc"}, "was compiled for platform linux-sparc"),
+        ({"cpu": "AVX1024"}, "for a processor with AVX1024, this one has"),
+        ({"device": "cuda", "compute": "9.0"}, "exported for a GPU, and this torch sees none"),
+    ],
+)
+def test_another_machine_is_one_line(bundle: Path, tmp_path: Path, requires: dict[str, str], message: str) -> None:
+    def change(manifest: Manifest) -> Manifest:
+        graph = dataclasses.replace(manifest.graph, requires=manifest.graph.requires | requires)
+        return dataclasses.replace(manifest, graph=graph)
+
+    with pytest.raises(ld.UserError, match=message):
+        ld.load_session(_changed(bundle, tmp_path / "b", change))
+
+
+@pytest.mark.xdist_group("inductor")
+def test_unbound_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
+    """To run with one would be a segmentation fault."""
+    copy = shutil.copytree(bundle, tmp_path / "b")
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if name.endswith("k_proj.weight"))
+    del weights[name]
+    save_file(weights, copy / "model.safetensors")
+    _rewritten(copy)
+    with pytest.raises(ld.UserError, match=f"lacks weight '{name}' of graph 'decode'"):
+        ld.load_session(copy)
+    (copy / "model.safetensors").write_bytes(b"junk")
+    _rewritten(copy)
+    with pytest.raises(ld.UserError, match="is no weight file"):
+        ld.load_session(copy)
+    shutil.copy(bundle / "model.safetensors", copy)
+    (copy / "model.pt2").write_bytes(b"junk")
+    _rewritten(copy)
+    with pytest.raises(ld.UserError, match=r"model.pt2 does not load: "):
+        ld.load_session(copy)
+
+
+def _rewritten(copy: Path) -> None:
+    manifest = Manifest.from_dict(json.loads((copy / "manifest.json").read_text()))
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, manifest)
+
+
+def test_no_compiler_and_no_gpu_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ld.UserError, match="--device cuda needs a GPU"):
+            ld.export_bundle(EMBEDDED, "inductor", tmp_path / "b", ld.ExportOptions(device="cuda"))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ld.UserError, match="compiles C\\+\\+: install g\\+\\+"):
+        ld.export_bundle(liger(small_llama()), "inductor", tmp_path / "b", ld.ExportOptions(batch=1))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.xdist_group("inductor")
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("phi3", {"structure": "gsa", "window": 6, "slots": 8}),
+        ("qwen2", {"structure": "lolcats", "window": 6, "features": 12, "softmax_layers": (1,), "sinks": 2}),
+    ],
+)
+def test_other_structures_compile(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    model: PreTrainedModel = ld.linearize(family(name), ld.LigerConfig(**config))
+    bundle = ld.export_bundle(model, "inductor", tmp_path / "b", ld.ExportOptions(chunk=16, batch=1))
+    prompt = np.random.default_rng(0).integers(0, 97, 40).tolist()
+    rows = compare(ld.load_session(bundle), ld.EagerSession(model), prompt, 20)
+    assert [row for row in rows if not row.passed] == []

@@ -1,0 +1,118 @@
+"""The Triton kernels against float64, on the GPU where there is one, else interpreted on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from liger_deploy.config import LigerConfig
+from liger_deploy.model.kernels.attention_step import attention_step, step_on_ring, supports
+from liger_deploy.model.kernels.linear_step import linear_step
+from liger_deploy.model.mixer import Heads, LayerState, Mixer
+from liger_deploy.model.window import from_ring, to_ring
+from tests.conftest import relative
+from tests.tolerances import OP
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: see conftest.py
+
+STRUCTURES = ["gla", "hgrn2", "rwkv6", "mamba2", "mlstm", "gated_retention", "linear", "fixed_decay", "window"]
+# rows, KV heads, queries per KV head, head dim, window, rotary channels, tokens seen before
+SIZES = [
+    (2, 2, 3, 16, 6, 16, (0, 11)),
+    (1, 2, 1, 24, 7, 16, (3,)),
+    (1, 1, 2, 16, 8, 0, (8,)),
+    (3, 8, 4, 64, 64, 64, (0, 63, 200)) if DEVICE == "cuda" else (2, 2, 2, 64, 64, 64, (63, 200)),
+]
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter lacks bfloat16
+
+
+def _table(window: int, rotary: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [W+1, rotary], float64."""
+    frequency_H = 1e4 ** -(torch.arange(0, rotary, 2, dtype=torch.float64) / max(rotary, 1))
+    angle_SK = torch.outer(torch.arange(window + 1, dtype=torch.float64), frequency_H).repeat(1, 2)
+    return angle_SK.cos(), angle_SK.sin()
+
+
+@pytest.mark.parametrize(("strength", "dtype"), [(1.0, torch.float32), (60.0, torch.float32), (1.0, HALF)])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_attention_step(
+    structure: str,
+    size: tuple[int, int, int, int, int, int, tuple[int, ...]],
+    strength: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three tokens, gates weak and extreme; the unfilled part of the ring is poisoned."""
+    batch, groups, queries, dim, window, rotary, seen = size
+    tolerance = OP if dtype == torch.float32 else 1e-2
+    torch.manual_seed(len(structure) + dim)
+    config = LigerConfig(structure=structure, window=window, lower_bound=0.25 if structure == "hgrn2" else 0)
+    assert supports(config, dim)
+    mixer, rope, length = Mixer(config, dim**-0.5), _table(window, rotary), torch.tensor(seen)
+    filled = (torch.arange(window) >= window - length[:, None])[:, None, :, None]
+    straight = [torch.randn(batch, groups, window, dim, dtype=torch.float64) * filled for _ in range(2)]
+    recurrent = (torch.randn(batch, groups, dim, dim, dtype=torch.float64),) if structure != "window" else ()
+    rings = [to_ring(x.masked_fill(~filled, torch.nan), length).to(DEVICE, dtype) for x in straight]
+    ours = LayerState(tuple(x.float().to(DEVICE) for x in recurrent), *rings)
+    theirs = LayerState(recurrent, *straight)
+    for _ in range(3):
+        wide = torch.randn(batch, 1, (queries + 3) * groups * dim, dtype=torch.float64)
+        wide[..., -groups * dim :] *= strength
+        wide = wide.to(dtype).double()
+        exact, single = (_heads(x, groups, queries, dim) for x in (wide, wide.to(DEVICE, dtype)))
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "float", lambda x: x)  # the module's float32 casts: float64 throughout
+            expected, theirs = mixer.after_state(exact, rope, theirs, length)
+        table = [x.float().to(DEVICE) for x in rope]
+        out, _ = step_on_ring(mixer, single, (table[0], table[1]), ours, length.to(DEVICE))
+        length = length + 1
+        assert relative(out.float().cpu(), expected) < tolerance
+    filled = (torch.arange(window) >= window - length[:, None])[:, None, :, None]
+    for found, value in zip((ours.window_k, ours.window_v), (theirs.window_k, theirs.window_v), strict=True):
+        assert relative(from_ring(found.float().cpu(), length).masked_fill(~filled, 0), value * filled) < tolerance
+    for found, value in zip(ours.recurrent, theirs.recurrent, strict=True):
+        assert relative(found.cpu(), value) < tolerance
+
+
+def _heads(wide: Tensor, groups: int, queries: int, dim: int) -> Heads:
+    q, k, v, gate = wide.split([queries * groups * dim, *[groups * dim] * 3], -1)
+    return Heads(q.unflatten(-1, (groups, queries, dim)), *(x.unflatten(-1, (groups, dim)) for x in (k, v, gate)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("rows", "width"), [(20, 48), (13, 48), (7, 3000), (33, 2048), (9, 5000)])
+@pytest.mark.parametrize(("norm", "swiglu", "residual"), [(1, 0, 0), (0, 1, 1), (1, 1, 0), (0, 0, 1), (1, 0, 1)])
+def test_linear_step(rows: int, width: int, norm: bool, swiglu: bool, residual: bool, dtype: torch.dtype) -> None:
+    """Odd sizes, with everything that may stand around the product."""
+    torch.manual_seed(rows)
+    x, weight = torch.randn(1, 1, width).to(dtype), torch.randn(rows * (1 + swiglu), width).to(dtype)
+    scale = torch.randn(width).to(dtype) if norm else None
+    other = torch.randn(1, 1, rows).to(dtype) if residual else None
+    here = [t if t is None else t.to(DEVICE) for t in (x, weight, scale, other)]
+    out = linear_step(here[0], here[1], here[2], 1e-5, bool(swiglu), here[3]).cpu()
+    exact = x.double()
+    if scale is not None:
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5) * scale.double()
+    exact = exact @ weight.double().T
+    if swiglu:
+        exact = torch.nn.functional.silu(exact[..., :rows]) * exact[..., rows:]
+    if other is not None:
+        exact = exact + other.double()
+    assert relative(out.float(), exact) < (OP if dtype == torch.float32 else 2e-2)
+
+
+def test_the_ops_are_registered_as_they_behave() -> None:
+    """torch.library.opcheck: schema, fake tensors, mutation."""
+    # Interpreted, a kernel would run on the fake tensors.
+    checks = ("test_schema", "test_faketensor") if DEVICE == "cuda" else ("test_schema",)
+    q, k = torch.randn(1, 2, 2, 16, device=DEVICE), torch.randn(1, 2, 16, device=DEVICE)
+    rings = [torch.randn(1, 2, 4, 16, device=DEVICE) for _ in range(2)]
+    rope = [x.float().to(DEVICE) for x in _table(4, 16)]
+    state, length = torch.randn(1, 2, 16, 16, device=DEVICE), torch.tensor([7], device=DEVICE)
+    arguments = (q, k, k, k, length, state, *rings, *rope, "gla", True, 16.0, 0.0, 0.5, 0.5, 0.25)
+    torch.library.opcheck(attention_step, arguments, test_utils=checks)
+    x, weight = torch.randn(1, 1, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
+    torch.library.opcheck(linear_step, (x, weight, None, 0.0, False, None), test_utils=checks)
