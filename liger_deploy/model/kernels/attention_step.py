@@ -118,6 +118,10 @@ def _attention_step(
     h_H, rest_C = tl.arange(0, BH), ROTARY + tl.arange(0, BREST)
     in_H, in_rest = h_H < half, rest_C < K
     c_V = tl.program_id(1) * BLOCKS * BV + tl.arange(0, BV)
+    # Inductor hands numbers over as float64.
+    normalizer, lower_bound = tl.cast(normalizer, tl.float32), tl.cast(lower_bound, tl.float32)
+    recurrent_weight, window_weight = tl.cast(recurrent_weight, tl.float32), tl.cast(window_weight, tl.float32)
+    scale = tl.cast(scale, tl.float32)
     if OVERLAP:
         gdc_launch_dependents()
 

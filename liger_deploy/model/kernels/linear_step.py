@@ -58,7 +58,7 @@ def _linear_step(
         for start in range(BD, D, BD):
             more_D = tl.load(x_ptr + start + d_D, start + d_D < D, 0.0).to(tl.float32)
             squares_D += more_D * more_D
-        scale = tl.rsqrt(tl.sum(squares_D, 0) / D + eps)
+        scale = tl.rsqrt(tl.sum(squares_D, 0) / D + tl.cast(eps, tl.float32))  # Inductor hands eps over as float64
     x_D = _normed(x_D, scale, norm_ptr, d_D, in_D, NORM)
     sum_ND = w_ND.to(tl.float32) * x_D[None, :]
     if SWIGLU:
