@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from liger_deploy.config import LigerConfig
 from liger_deploy.gates import STRUCTURES
 from liger_deploy.model import window
-from liger_deploy.model.kernels import launcher, overlaps
+from liger_deploy.model.kernels import launcher, overlaps, predecessor_done, start_followers
 from liger_deploy.model.lolcats import Lolcats
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
 from liger_deploy.model.window import Rope
@@ -123,7 +122,7 @@ def _attention_step(
     recurrent_weight, window_weight = tl.cast(recurrent_weight, tl.float32), tl.cast(window_weight, tl.float32)
     scale = tl.cast(scale, tl.float32)
     if OVERLAP:
-        gdc_launch_dependents()
+        head += start_followers()
 
     # What the projections ahead do not change: loaded while they still run.
     length = tl.load(length_ptr + row)
@@ -144,7 +143,8 @@ def _attention_step(
     if GATE != _NO_RECURRENCE and BLOCKS == 1:
         s_CV = tl.load(state_CV + c_V[None, :], in_C[:, None] & (c_V < V)[None, :], 0.0).to(tl.float32)
     if OVERLAP:
-        gdc_wait()
+        done = predecessor_done()
+        q_ptr, k_ptr, v_ptr, gate_ptr = q_ptr + done, k_ptr + done, v_ptr + done, gate_ptr + done
 
     # The window's weights: softmax over keys turned by distance.
     query_R1 = q_ptr + row * q_row + (group * R + r_R[:, None]) * K

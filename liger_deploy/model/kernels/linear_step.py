@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from liger_deploy.model.kernels import launcher, overlaps
+from liger_deploy.model.kernels import launcher, overlaps, predecessor_done, start_followers
 
 
 @triton.jit
@@ -42,15 +41,16 @@ def _linear_step(
     N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
     n_N, d_D = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    if OVERLAP:
+        n_N += start_followers()
     in_N, in_D = n_N < N, d_D < D
     w_ND = _tile(weight_ptr, n_N, d_D, in_N[:, None] & in_D[None, :], D)
     if SWIGLU:
         u_ND = _tile(weight_ptr, n_N + N, d_D, in_N[:, None] & in_D[None, :], D)
     if OVERLAP:
-        gdc_wait()
+        done = predecessor_done()
+        x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
     x_D = tl.load(x_ptr + d_D, in_D, 0.0)
     scale = 1.0
     if NORM:
