@@ -45,6 +45,16 @@ class Liger:
         self.session.step([token])
 
 
+class ExecuTorch(Liger):
+    """Our int4 program on ExecuTorch."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from liger_deploy.bundle import Bundle
+        from liger_deploy.runtimes.executorch import ExecuTorchSession
+
+        self.session = ExecuTorchSession(Bundle.open(path, False), threads)  # type: ignore[assignment]
+
+
 class LlamaCpp:
     """Flash attention off, its best setting at depth on these CPUs."""
 
@@ -92,6 +102,7 @@ RUNTIMES: dict[str, Any] = {
     "liger, stock operators": Liger,
     "llama.cpp Q4_0": LlamaCpp,
     "genai int4": Genai,
+    "liger, ExecuTorch": ExecuTorch,
 }
 
 
@@ -181,15 +192,15 @@ def measure(paths: dict[str, Path], threads: int, contexts: list[int], python: s
     return rows
 
 
-def build(folder: Path, python: str) -> dict[str, Path]:
-    """The same random weights in every runtime's format; what is there already is kept."""
+def build(folder: Path, python: str, wanted: list[str]) -> dict[str, Path]:
+    """The same random weights in every wanted runtime's format; what is there already is kept."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import liger_deploy as ld
     from liger_deploy.export import EMBEDDED
 
-    base, ours, gguf, genai = (folder / name for name in ("base", "liger", "q4_0.gguf", "genai"))
+    base, ours, gguf, genai, pte = (folder / name for name in ("base", "liger", "q4_0.gguf", "genai", "executorch"))
     if not ours.exists():
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2)).eval()
@@ -197,12 +208,16 @@ def build(folder: Path, python: str) -> dict[str, Path]:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (base / name).write_bytes((EMBEDDED / name).read_bytes())
         ld.export_bundle(ld.linearize(model), "onnx", ours, ld.ExportOptions(quant="int4"))
-    if not gguf.exists():
+    if "llama.cpp Q4_0" in wanted and not gguf.exists():
         subprocess.run([python, "-m", "benchmarks.cpu_peers", "--gguf", str(base), str(gguf)], check=True)
-    if not genai.exists():
+    if "genai int4" in wanted and not genai.exists():
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(base), "-o", str(genai)]
         subprocess.run([*command, "-p", "int4", "-e", "cpu"], check=True, stdout=subprocess.DEVNULL)
-    return dict(zip(RUNTIMES, (ours, ours, gguf, genai), strict=True))
+    if "liger, ExecuTorch" in wanted and not pte.exists():
+        model = ld.linearize(LlamaForCausalLM.from_pretrained(base))
+        ld.export_bundle(model, "executorch", pte, ld.ExportOptions(quant="int4"))
+    paths = dict(zip(RUNTIMES, (ours, ours, gguf, genai, pte), strict=True))
+    return {name: paths[name] for name in wanted}
 
 
 def write_gguf(base: Path, out: Path) -> None:
@@ -244,6 +259,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--contexts", default="128,1024,4096,16384")
+    parser.add_argument("--runtimes", default="; ".join(RUNTIMES), help="which, separated by semicolons")
+    parser.add_argument("--name", default="cpu_peers", help="of the result")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--folder", type=Path, help="where the models are written (default: a temporary folder)")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
@@ -259,12 +276,17 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        paths = build(folder, args.peer_python)
+        paths = build(folder, args.peer_python, [name.strip() for name in args.runtimes.split(";")])
         contexts = [int(x) for x in args.contexts.split(",")]
         rows = [row for n in args.threads.split(",") for row in measure(paths, int(n), contexts, args.peer_python)]
     peers = [args.peer_python, "-c", "from importlib.metadata import version as v; print(v('llama-cpp-python'))"]
     version = subprocess.run(peers, capture_output=True, text=True).stdout.strip()
-    write("cpu_peers", "python -m benchmarks.cpu_peers", {"llama_cpp_python": version, "rows": rows})
+    command = "python -m benchmarks.cpu_peers"
+    if args.name != "cpu_peers":
+        command += (
+            f' --threads {args.threads} --contexts {args.contexts} --runtimes "{args.runtimes}" --name {args.name}'
+        )
+    write(args.name, command, {"llama_cpp_python": version, "rows": rows})
     return 0
 
 

@@ -129,6 +129,23 @@ def cpu_peers() -> str:
     return "\n".join([head, "|---" * (len(contexts) + 3) + "|", *lines, "", f"{note} {source}"])
 
 
+def cpu_executorch() -> str:
+    """ONNX Runtime and ExecuTorch at 4 bits: a row a runtime and number of threads."""
+    f, source = _result("cpu_executorch")
+    contexts = sorted({row["context"] for row in f["rows"]})
+    names = {"liger": "ONNX Runtime", "liger, ExecuTorch": "ExecuTorch"}
+    rows = {(row["threads"], row["runtime"], row["context"]): row for row in f["rows"]}
+    head = f"| 4 bits | threads | {' | '.join(f'{c:,}' for c in contexts)} | prefill, tokens/s | resident |"
+    lines = []
+    for threads, name in dict.fromkeys((row["threads"], row["runtime"]) for row in f["rows"]):
+        found = [rows[threads, name, c] for c in contexts]
+        times = " | ".join(f"{row['ms_a_token']:.1f} ms" for row in found)
+        rate, memory = found[-1]["prefill_tokens_per_second"], found[-1]["resident_mb"]
+        lines.append(f"| {names[name]} | {threads} | {times} | {rate:.0f} | {memory:.0f} MB |")
+    note = "Time a token at each depth; prefill up to the last. 291 million parameters, random weights, batch 1."
+    return "\n".join([head, "|---" * (len(contexts) + 4) + "|", *lines, "", f"{note} {source}"])
+
+
 def state() -> str:
     """State sizes of Llama-3-8B's shape, computed from StateSpec."""
     shape = ModelShape(layers=32, query_heads=32, kv_heads=8, head_dim=128)
@@ -211,6 +228,7 @@ TABLES: dict[str, Callable[[], str]] = {
         demo,
         quant,
         cpu_peers,
+        cpu_executorch,
         drift,
         memory_1b,
         memory_3b,

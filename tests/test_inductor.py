@@ -28,8 +28,6 @@ from tests.conftest import liger, relative, small_llama
 from tests.test_families import FAMILIES, family
 from tests.tolerances import MODEL
 
-pytest.importorskip("triton")
-
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
