@@ -9,12 +9,7 @@ program serves any number of sessions.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +20,7 @@ from transformers import PreTrainedModel
 from liger_deploy.bundle import GraphInfo
 from liger_deploy.errors import UserError
 from liger_deploy.export.delegated import Delegated
-from liger_deploy.export.graph import check_program, dense_experts
+from liger_deploy.export.graph import check_program, dense_experts, quiet
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.describe import describe
 from liger_deploy.model.step import PrefillModel, StepModel
@@ -38,7 +33,7 @@ LONGEST = 64  # tokens of one prefill call: `delegated.py` holds a decay for eac
 def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> GraphInfo:
     """Write `model.pte` into `directory`. Options are those the target's row allows."""
     state, chunk, batch = describe(model, "executorch").graph.state, min(options.chunk, LONGEST), options.batch or 1
-    with _quiet():
+    with quiet():
         if options.quant != "none":
             model = _quantized(model, options.quant)
         programs = {"decode": _trace(model, batch, 0), "prefill": _trace(model, batch, chunk)}
@@ -106,16 +101,3 @@ def _check_reach(model: PreTrainedModel, quant: str) -> None:
             raise UserError(f"--quant does not reach weight {name!r} {list(weight.shape)}: export with --quant none")
         if quant == "int4" and weight.shape[-1] % GROUP:
             raise UserError(f"--quant int4 needs rows in groups of {GROUP}, {name!r} has {weight.shape[-1]} columns")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The lowering's notes say nothing that a user can act on."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(level)

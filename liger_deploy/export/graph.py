@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -89,6 +92,19 @@ def dense_experts(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if before is not None:
             setattr(model.config, name, before)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' progress lines, notes and warnings: they say nothing that a user can act on."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
 def _slot_scores(q: Tensor, k: Tensor, s: Tensor, g: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import logging
 import platform
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +28,7 @@ from transformers import PreTrainedModel
 
 from liger_deploy.bundle import GraphInfo
 from liger_deploy.errors import UserError
-from liger_deploy.export.graph import dense_experts
+from liger_deploy.export.graph import dense_experts, quiet
 from liger_deploy.export.rewrites import merge_linears, step_linears
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.attention import LigerAttention
@@ -70,7 +68,7 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
         model = copy.deepcopy(model).to(options.device)  # type: ignore[arg-type]
     chunk, batch, gpu = options.chunk or CHUNK[options.device], options.batch or 0, _on_gpu(options.device)
     rings = _ring_layers(model) if gpu else set()
-    with _quiet():
+    with quiet():
         graphs = {"decode": _trace(model, batch, 0, rings), "prefill": _trace(model, batch, chunk, rings)}
         if gpu:
             for graph in graphs.values():
@@ -197,16 +195,3 @@ def _requirements(device: str) -> dict[str, str]:
 def _check_device(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and a CUDA build of torch: this torch sees none")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The compiler's notes say nothing that a user can act on."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(level)

@@ -5,11 +5,6 @@ The layers' mixing is `liger` nodes (`onnx_ops.py`); everything else is standard
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -20,7 +15,7 @@ from transformers import PreTrainedModel
 from liger_deploy.bundle import GraphInfo, GraphTensor
 from liger_deploy.export import onnx_ops
 from liger_deploy.export.genai import write_genai
-from liger_deploy.export.graph import trace_prefill
+from liger_deploy.export.graph import quiet, trace_prefill
 from liger_deploy.export.onnx_ops import OPSET
 from liger_deploy.export.onnx_rewrites import rewrite
 from liger_deploy.export.quantize import quantize
@@ -37,7 +32,7 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     """Write `model.onnx` (and its weights) into `directory`. Options are those the target's row allows."""
     state, batch = describe(model, "onnx").graph.state, options.batch or 0
     chunk = min(options.chunk, SLOT_CHUNK) if liger_config(model).slots else options.chunk
-    with _quiet():
+    with quiet():
         program = trace_prefill(model, chunk, batch)
         kinds = onnx_ops.kinds(program)
         program = program.run_decompositions(onnx_ops.DECOMPOSITIONS)
@@ -77,16 +72,3 @@ def check_graph(path: Path, state: list[GraphTensor]) -> None:
 
 def _weight_bytes(graph: ir.Graph) -> int:
     return sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's progress lines and load-time warnings say nothing that a user can act on."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(level)
