@@ -138,7 +138,9 @@ def _load(bundle: Bundle, name: str, weights: dict[str, torch.Tensor]) -> Any:
 
     path = bundle.file("model")
     try:
-        graph = load_package(str(path), name, run_single_threaded=bundle.manifest.graph.requires["device"] == "cuda")
+        graph = load_package(
+            str(path), name, run_single_threaded=bundle.manifest.graph.requires.get("device") == "cuda"
+        )
         wanted = graph.get_constant_fqns()
     except Exception as error:  # RuntimeError and others
         raise BundleError(f"{path} does not load: {str(error).strip().splitlines()[0]}") from None
