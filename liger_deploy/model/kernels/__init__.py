@@ -18,14 +18,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def start_followers() -> Any:
+def start_followers():
     """Let the kernel after this one start as soon as all of this one's programs run. Returns 0."""
     text: tl.constexpr = "griddepcontrol.launch_dependents; mov.u32 $0, 0;"
     return tl.inline_asm_elementwise(text, "=r", [], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
-def predecessor_done() -> Any:
+def predecessor_done():
     """Wait until the kernel before this one has ended. Returns 0.
 
     Whatever that kernel wrote must be read at addresses to which the result was added. (Triton's `gdc_wait` needs no
