@@ -1,0 +1,209 @@
+"""A whole step of an exported package on a GPU: right first, then against memory bandwidth and against Hugging Face.
+
+    python -m benchmarks.gpu_step check|step [--shape 1b|8b] [--layers N] [--out FILE]
+
+check: the embedded model exported for CUDA in float32, bfloat16 and float16 passes `verify`, and its state continues on
+       the CPU, from there on the GPU again.
+step:  exports the shape in bfloat16 with random weights, compares the session with PyTorch, and times its captured step
+       at several positions beside Hugging Face's model with a static cache under CUDA graphs.
+
+Times are medians of CUDA-graph replays between events. Bandwidth is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import liger_deploy as ld
+from benchmarks import report
+from benchmarks.gpu import SHAPES, bandwidth, captured, median_ms
+from liger_deploy.runtimes import inductor as runtime
+from liger_deploy.runtimes.inductor import InductorSession
+from liger_deploy.verify import verify
+
+DEPTHS = (1 << 10, 1 << 14, 1 << 16, 1 << 20)
+# What gpu.SHAPES leaves out: the rest of the public configs.
+REST: dict[str, dict[str, Any]] = {
+    "1b": {
+        "num_hidden_layers": 16, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
+                            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    },
+    "8b": {
+        "num_hidden_layers": 32, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
+}  # fmt: skip
+
+
+def build(shape: dict[str, Any]) -> Any:
+    """A Hugging Face Llama of this shape on the GPU, bfloat16, random weights."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, rms_norm_eps=1e-5, max_position_embeddings=131072))
+    torch.set_default_dtype(before)
+    return model.eval()
+
+
+def check() -> dict[str, Any]:
+    """Worst value over its limit in each table, and greedy tokens of a state that went to the CPU and back."""
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("float32", "bfloat16", "float16"):
+            options = ld.ExportOptions(dtype=dtype, device="cuda", batch=1 if dtype == "bfloat16" else 0, chunk=64)
+            bundle = ld.export_bundle(None, "inductor", Path(folder) / dtype, options)
+            rows = verify(bundle, tokens=64)
+            figures[dtype] = {row.check: [row.value, row.limit, row.passed] for row in rows}
+            print(dtype, figures[dtype], flush=True)
+        on_gpu = ld.load_session(Path(folder) / "float32")
+        on_cpu = ld.EagerSession(ld.load_model(None))
+        tokens, logits = [], on_gpu.prefill([list(range(40, 140))])
+        for session, other in ((on_gpu, on_cpu), (on_cpu, on_gpu), (on_gpu, on_cpu)):
+            for _ in range(16):
+                tokens.append(int(logits.argmax()))
+                logits = session.step([tokens[-1]])
+            other.load_state(session.state())
+        on_cpu.reset()
+        logits, alone = on_cpu.prefill([list(range(40, 140))]), []
+        for _ in tokens:
+            alone.append(int(logits.argmax()))
+            logits = on_cpu.step([alone[-1]])
+        figures["tokens_of_a_moved_state_equal"] = tokens == alone
+    return figures
+
+
+def step(shape: dict[str, Any], peer_depths: list[int]) -> dict[str, Any]:
+    """The exported session's step at each position, and Hugging Face's."""
+    model = ld.linearize(build(shape), ld.LigerConfig())
+    size = sum(p.nbytes for p in model.parameters())
+    if not shape["tie_word_embeddings"]:
+        size -= model.get_input_embeddings().weight.nbytes  # one row of it is read
+    figures: dict[str, Any] = {"weight_bytes": size}
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        options = ld.ExportOptions(dtype="bfloat16", batch=1, device="cuda", chunk=64)
+        bundle = ld.export_bundle(model, "inductor", Path(folder) / "b", options)
+        figures["export_s"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        session = ld.load_session(bundle)
+        figures["load_s"] = time.perf_counter() - begin
+        figures["files"] = {name: info.size for name, info in bundle.manifest.files.items()}
+    assert isinstance(session, InductorSession)
+    print("exported", figures, flush=True)
+    oracle, prompt = ld.EagerSession(model), torch.randint(0, shape["vocab_size"], (700,)).tolist()
+    worst = [relative(session.prefill([prompt]), oracle.prefill([prompt]))]
+    worst += [relative(session.step([token]), oracle.step([token])) for token in prompt[:32]]
+    figures["largest_difference"] = {"prompt": worst[0], "first step": worst[1], "replayed steps": max(worst[2:])}
+    print("differences", figures["largest_difference"], flush=True)
+    overlap, edges = runtime.overlap_kernels, []
+    for name, edit in (("in turn", lambda graph: 0), ("overlapped", lambda graph: edges.append(overlap(graph)))):
+        runtime.overlap_kernels = edit
+        session.reset()
+        for token in prompt[:4]:  # the first as it is, the second captured, then replayed
+            session.step([token])
+        figures[f"step_ms {name}"] = at_depths(session)
+        print(name, figures[f"step_ms {name}"], flush=True)
+    figures["overlapped_edges"], figures["kernels"] = edges[-1], kernels(session)
+    begin = time.perf_counter()
+    for token in prompt[:200]:
+        session.step([token])
+    figures["wall_ms_a_step_with_logits_in_numpy"] = (time.perf_counter() - begin) * 5
+    session.reset()
+    begin = time.perf_counter()
+    session.prefill([prompt[:512] * 4])
+    figures["prefill_tokens_s"] = 2048 / (time.perf_counter() - begin)
+    print(figures, flush=True)
+    del session, oracle, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    figures["peer_ms"] = {depth: peer(shape, depth) for depth in peer_depths}
+    return figures
+
+
+def at_depths(session: InductorSession) -> dict[int, float]:
+    """Milliseconds of the captured step, by position in the sequence."""
+    assert session._graph is not None
+    found = {}
+    for depth in DEPTHS:
+        session._tensors[-1].fill_(depth)
+        found[depth] = median_ms(session._graph._graph)
+    return found
+
+
+def kernels(session: InductorSession) -> list[dict[str, Any]]:
+    """Each kernel of a step by name: how many times it runs, and microseconds in all (profiled one after another)."""
+    assert session._graph is not None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        session._graph._graph.replay()
+        torch.cuda.synchronize()
+    events = [e for e in profile.key_averages() if e.self_device_time_total]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    return [{"name": e.key, "count": e.count, "us": e.self_device_time_total} for e in events]
+
+
+def relative(ours: Any, theirs: Any) -> float:
+    """Largest difference over the largest value."""
+    return float(abs(ours - theirs).max() / abs(theirs).max())
+
+
+def peer(shape: dict[str, Any], depth: int) -> float:
+    """Milliseconds of Hugging Face's compiled forward with a static cache filled to `depth`, under a CUDA graph."""
+    torch._dynamo.reset()
+    model = build(shape)
+    cache = StaticCache(config=model.config, max_cache_len=depth)
+    token, position = torch.zeros(1, 1, dtype=torch.long, device="cuda"), torch.tensor([[depth - 1]], device="cuda")
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.long, device="cuda"), past_key_values=cache, use_cache=True)
+        compiled = torch.compile(model.forward)
+
+        def call() -> Any:
+            return compiled(token, past_key_values=cache, position_ids=position, use_cache=True).logits
+
+        for _ in range(3):
+            call()
+        ms = median_ms(captured(call))
+    print("peer", depth, ms, flush=True)
+    del model, cache, compiled
+    gc.collect()
+    torch.cuda.empty_cache()
+    return ms
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=("check", "step"))
+    parser.add_argument("--shape", default="1b", choices=tuple(SHAPES))
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
+    parser.add_argument("--peer-depths", default="1024,16384,65536")
+    parser.add_argument("--out", type=Path, help="copy the result there")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {"bandwidth": bandwidth()}
+    print(figures, flush=True)
+    if arguments.question == "check":
+        figures["check"] = check()
+    else:
+        shape = SHAPES[arguments.shape] | REST[arguments.shape]
+        if arguments.layers:
+            shape |= {"num_hidden_layers": arguments.layers}
+        figures["step"] = step(shape, [int(depth) for depth in arguments.peer_depths.split(",") if depth])
+    name = f"gpu_{arguments.question}" + (f"_{arguments.shape}" if arguments.question == "step" else "")
+    path = report.write(name, " ".join(["python -m benchmarks.gpu_step", *sys.argv[1:]]), figures)
+    if arguments.out:
+        shutil.copy(path, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
