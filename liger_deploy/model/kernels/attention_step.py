@@ -146,9 +146,17 @@ def _attention_step(
         done = predecessor_done()
         q_ptr, k_ptr, v_ptr, gate_ptr = q_ptr + done, k_ptr + done, v_ptr + done, gate_ptr + done
 
-    # The window's weights: softmax over keys turned by distance.
+    # All that the projections wrote, asked for at once: each wait for memory is a microsecond.
     query_R1 = q_ptr + row * q_row + (group * R + r_R[:, None]) * K
-    new_k_ptr = k_ptr + row * k_row + group * K
+    new_k_ptr, new_v_ptr = k_ptr + row * k_row + group * K, v_ptr + row * v_row + group * V
+    k_C = tl.load(new_k_ptr + c_C, in_C, 0.0)
+    if GATE != _NO_RECURRENCE:
+        p_C = tl.load(gate_ptr + row * gate_row + group * K + c_C, in_C, 0.0).to(tl.float32)
+        q_RC = tl.load(query_R1 + c_C[None, :], in_R[:, None] & in_C[None, :], 0.0)
+    if BLOCKS == 1:
+        first_V = tl.load(new_v_ptr + c_V, c_V < V, 0.0)
+
+    # The window's weights: softmax over keys turned by distance.
     scores_RW = tl.zeros([BR, BW], tl.float32)
     if ROTARY > 0:
         for block in tl.static_range(HALF_BLOCKS):
@@ -176,11 +184,9 @@ def _attention_step(
     weights_RW = weights_RW * (window_weight / tl.sum(weights_RW, 1))[:, None]
 
     # The recurrence's gate, key and queries.
-    k_C = tl.load(new_k_ptr + c_C, in_C, 0.0)
     if tl.program_id(1) == 0:
         tl.store(ring_k_ptr + (head * W + slot) * K + c_C, k_C, in_C)
     if GATE != _NO_RECURRENCE:
-        p_C = tl.load(gate_ptr + row * gate_row + group * K + c_C, in_C, 0.0).to(tl.float32)
         if SCALAR:
             p_C = tl.sum(p_C, 0) / K + p_C * 0.0
         alpha_C = tl.exp(_log_decay(p_C, group.to(tl.float32), normalizer, lower_bound, GATE))
@@ -190,16 +196,15 @@ def _attention_step(
             write_C = tl.sum(_phi(k_C.to(tl.float32)[None, :], in_C, SOFTMAX), 0)
         write_C = tl.where(in_C, write_C, 0.0)
 
-        q_RC = tl.load(query_R1 + c_C[None, :], in_R[:, None] & in_C[None, :], 0.0).to(tl.float32)
-        q_RC = _phi(q_RC, in_C, SOFTMAX) * recurrent_weight
+        q_RC = _phi(q_RC.to(tl.float32), in_C, SOFTMAX) * recurrent_weight
 
     for _ in range(BLOCKS):
         in_V = c_V < V
         inside_CV = in_C[:, None] & in_V[None, :]
-        v_V = tl.load(v_ptr + row * v_row + group * V + c_V, in_V, 0.0)
         if BLOCKS == 1:
-            old_WV = values_WV
+            v_V, old_WV = first_V, values_WV
         else:
+            v_V = tl.load(new_v_ptr + c_V, in_V, 0.0)
             old_WV = tl.load(ring_v_WV + c_V[None, :], old_W[:, None] & in_V[None, :], 0.0)
         tl.store(ring_v_ptr + (head * W + slot) * V + c_V, v_V, in_V)
         near_RV = _dot(weights_RW, tl.where(is_new_W[:, None], v_V[None, :], old_WV).to(tl.float32), kind)
