@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_step check|step [--shape 1b|8b] [--layers N] [--out FILE]
 
-check: the embedded model exported for CUDA in float32, bfloat16 and float16 passes `verify`, and its state continues on
-       the CPU, from there on the GPU again.
+check: the embedded model exported for CUDA passes `verify` in each dtype, and in float32 its state continues on the CPU,
+       and from there on the GPU again.
 step:  exports the shape in bfloat16 with random weights, compares the session with PyTorch, and times its captured step
        at several positions beside Hugging Face's model with a static cache under CUDA graphs.
 
@@ -27,6 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import liger_deploy as ld
 from benchmarks import report
 from benchmarks.gpu import SHAPES, bandwidth, captured, median_ms
+from liger_deploy.export import EMBEDDED
+from liger_deploy.generate import generate
 from liger_deploy.runtimes import inductor as runtime
 from liger_deploy.runtimes.inductor import InductorSession
 from liger_deploy.verify import verify
@@ -57,31 +59,34 @@ def build(shape: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def check() -> dict[str, Any]:
+def check(dtypes: list[Any]) -> dict[str, Any]:
     """Worst value over its limit in each table, and greedy tokens of a state that went to the CPU and back."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in ("float32", "bfloat16", "float16"):
-            options = ld.ExportOptions(dtype=dtype, device="cuda", batch=1 if dtype == "bfloat16" else 0, chunk=64)
+        for dtype in dtypes:
+            begin = time.perf_counter()
+            options = ld.ExportOptions(dtype=dtype, device="cuda", batch=1, chunk=32)
             bundle = ld.export_bundle(None, "inductor", Path(folder) / dtype, options)
+            figures[f"export_s {dtype}"] = time.perf_counter() - begin
             rows = verify(bundle, tokens=64)
             figures[dtype] = {row.check: [row.value, row.limit, row.passed] for row in rows}
-            print(dtype, figures[dtype], flush=True)
-        on_gpu = ld.load_session(Path(folder) / "float32")
-        on_cpu = ld.EagerSession(ld.load_model(None))
-        tokens, logits = [], on_gpu.prefill([list(range(40, 140))])
-        for session, other in ((on_gpu, on_cpu), (on_cpu, on_gpu), (on_gpu, on_cpu)):
-            for _ in range(16):
-                tokens.append(int(logits.argmax()))
-                logits = session.step([tokens[-1]])
-            other.load_state(session.state())
-        on_cpu.reset()
-        logits, alone = on_cpu.prefill([list(range(40, 140))]), []
-        for _ in tokens:
-            alone.append(int(logits.argmax()))
-            logits = on_cpu.step([alone[-1]])
-        figures["tokens_of_a_moved_state_equal"] = tokens == alone
+            print(figures, flush=True)
+        if "float32" in dtypes:
+            figures["tokens_of_a_moved_state_equal"] = moved_state(Path(folder) / "float32")
     return figures
+
+
+def moved_state(bundle: Path) -> bool:
+    """GPU, CPU, GPU take turns on one state; whether the greedy tokens are those of the CPU alone."""
+    prompt, on_gpu, on_cpu = list(range(40, 140)), ld.load_session(bundle), ld.EagerSession(ld.load_model(EMBEDDED))
+    tokens, logits = [], on_gpu.prefill([prompt])
+    for session, other in ((on_gpu, on_cpu), (on_cpu, on_gpu), (on_gpu, on_cpu)):
+        for _ in range(16):
+            tokens.append(int(logits.argmax()))
+            logits = session.step([tokens[-1]])
+        other.load_state(session.state())
+    on_cpu.reset()
+    return tokens == list(generate(on_cpu, prompt, len(tokens)))
 
 
 def step(shape: dict[str, Any], peer_depths: list[int]) -> dict[str, Any]:
@@ -126,8 +131,6 @@ def step(shape: dict[str, Any], peer_depths: list[int]) -> dict[str, Any]:
     figures["prefill_tokens_s"] = 2048 / (time.perf_counter() - begin)
     print(figures, flush=True)
     del session, oracle, model
-    gc.collect()
-    torch.cuda.empty_cache()
     figures["peer_ms"] = {depth: peer(shape, depth) for depth in peer_depths}
     return figures
 
@@ -161,6 +164,8 @@ def relative(ours: Any, theirs: Any) -> float:
 def peer(shape: dict[str, Any], depth: int) -> float:
     """Milliseconds of Hugging Face's compiled forward with a static cache filled to `depth`, under a CUDA graph."""
     torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
     model = build(shape)
     cache = StaticCache(config=model.config, max_cache_len=depth)
     token, position = torch.zeros(1, 1, dtype=torch.long, device="cuda"), torch.tensor([[depth - 1]], device="cuda")
@@ -175,9 +180,6 @@ def peer(shape: dict[str, Any], depth: int) -> float:
             call()
         ms = median_ms(captured(call))
     print("peer", depth, ms, flush=True)
-    del model, cache, compiled
-    gc.collect()
-    torch.cuda.empty_cache()
     return ms
 
 
@@ -188,12 +190,13 @@ def main() -> None:
     parser.add_argument("--shape", default="1b", choices=tuple(SHAPES))
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--peer-depths", default="1024,16384,65536")
+    parser.add_argument("--dtypes", default="float32,bfloat16,float16")
     parser.add_argument("--out", type=Path, help="copy the result there")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"bandwidth": bandwidth()}
     print(figures, flush=True)
     if arguments.question == "check":
-        figures["check"] = check()
+        figures["check"] = check(arguments.dtypes.split(","))
     else:
         shape = SHAPES[arguments.shape] | REST[arguments.shape]
         if arguments.layers:
