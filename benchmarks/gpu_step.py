@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_step check|step [--shape 1b|8b] [--layers N] [--out FILE]
 
-check: the embedded model exported for CUDA passes `verify` in each dtype, and in float32 its state continues on the CPU,
-       and from there on the GPU again.
+check: the embedded model exported for CUDA passes `verify` in each dtype, and in float32 its state continues on the
+       CPU, and from there on the GPU again.
 step:  exports the shape in bfloat16 with random weights, compares the session with PyTorch, and times its captured step
        at several positions beside Hugging Face's model with a static cache under CUDA graphs.
 
