@@ -30,14 +30,16 @@ demo: $(STAMP)
 	$(BIN)/liger-deploy generate --bundle demo/bundle --temperature 0.7 --seed 1 --max-new-tokens 200 \
 		--prompt "class Stack:"
 
-# The kernel library for ONNX Runtime: liger_deploy/native/libliger_ort_ops.so. Needs cmake and a C++17 compiler.
+# liger_deploy/native/: the kernel library for ONNX Runtime, and liger-run. Needs cmake and a C++17 compiler.
 NATIVE := liger_deploy/native/libliger_ort_ops.so
 native: $(NATIVE)
-$(NATIVE): CMakeLists.txt export/onnxruntime/ops.cpp $(wildcard export/kernels/*.h)
+$(NATIVE): CMakeLists.txt export/onnxruntime/ops.cpp $(wildcard export/kernels/*.h runtimes/include/liger/*.h \
+		runtimes/src/* tests/native/*.cpp)
 	[ -n "$$ONNXRUNTIME_ROOT" ] || [ -d build/onnxruntime ] || export/onnxruntime/fetch_headers.sh || true
 	cmake -S . -B build/native
 	cmake --build build/native
 	cmake --install build/native --prefix .
+	touch $@
 
 # onnxruntime-node, for the test that runs a bundle in Node.
 NODE := tests/node/node_modules/.package-lock.json

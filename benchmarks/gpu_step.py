@@ -68,7 +68,7 @@ def check(dtypes: list[Any]) -> dict[str, Any]:
             options = ld.ExportOptions(dtype=dtype, device="cuda", batch=1, chunk=32)
             bundle = ld.export_bundle(None, "inductor", Path(folder) / dtype, options)
             figures[f"export_s {dtype}"] = time.perf_counter() - begin
-            rows = verify(bundle, tokens=64)
+            rows = verify(bundle.path, tokens=64)
             figures[dtype] = {row.check: [row.value, row.limit, row.passed] for row in rows}
             print(figures, flush=True)
         if "float32" in dtypes:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ONNX Runtime's headers into DIR, from Debian's package libonnxruntime-dev. They are in no wheel. Debian and Ubuntu
+# ONNX Runtime's headers and nlohmann/json into DIR, from Debian's packages. They are in no wheel. Debian and Ubuntu
 # alone; elsewhere unpack a release of ONNX Runtime and set ONNXRUNTIME_ROOT. Installs nothing.
 #
 #     export/onnxruntime/fetch_headers.sh [DIR]        (default: build/onnxruntime)
@@ -20,7 +20,9 @@ echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $su
 apt=(apt-get -qq -o Dir::Etc::sourcelist="$work/sources.list" -o Dir::Etc::sourceparts=/dev/null
     -o Dir::State::lists="$work/lists" -o Dir::Cache="$work/cache" -o APT::Sandbox::User=root)
 "${apt[@]}" update >/dev/null || fail "apt cannot read $suite"
-(cd "$work" && "${apt[@]}" download libonnxruntime-dev >/dev/null) || fail "$suite has no libonnxruntime-dev"
 mkdir -p "$out"
-dpkg-deb -x "$work"/libonnxruntime-dev_*.deb "$out"
-echo "ONNX Runtime's headers are in $out"
+for package in libonnxruntime-dev nlohmann-json3-dev; do
+    (cd "$work" && "${apt[@]}" download "$package" >/dev/null) || fail "$suite has no $package"
+    dpkg-deb -x "$work/$package"_*.deb "$out"
+done
+echo "The headers are in $out"

@@ -1,0 +1,37 @@
+// What a runtime adds to a Session. Implementations return errors; nothing they call may throw through.
+#pragma once
+
+#include "liger/liger.h"
+
+namespace liger {
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  // The state before any token, for this many rows.
+  virtual Status clear(std::int64_t rows) = 0;
+  // Advance the state; tokens [rows, width], valid [rows]. Logits [rows, vocab] of the backend's own memory.
+  virtual Result<const float*> run(const std::int64_t* tokens, std::int64_t width, const std::int64_t* valid) = 0;
+  virtual Result<State> read() = 0;
+  virtual Status write(const State& state) = 0;  // checked against the manifest
+  virtual Result<std::unique_ptr<Backend>> twin() = 0;  // same weights, no state
+};
+
+inline std::int64_t count(const std::vector<std::int64_t>& shape) {
+  std::int64_t product = 1;
+  for (auto size : shape) product *= size;
+  return product;
+}
+
+// `body` with every exception turned into an Error.
+template <class T, class Body>
+Result<T> guarded(Code code, const std::string& where, Body body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    std::string line = error.what();
+    return Error{code, where + ": " + line.substr(0, line.find('\n'))};
+  }
+}
+
+}  // namespace liger

@@ -1,0 +1,131 @@
+// What test_native.py asks of the library beyond liger-run.
+//   encode BUNDLE            strings on stdin, each ended by NUL -> a line of ids for each
+//   rows BUNDLE RUNTIME      ragged rows at once against each row alone
+//   threads BUNDLE RUNTIME N N forks of one session, a thread each, against a lone session
+//   fuzz FILE DIR COUNT      COUNT broken copies of a manifest.json or a state: each must be refused or read
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <random>
+#include <string>
+#include <thread>
+
+#include "liger/onnx.h"
+
+namespace {
+
+template <class T>
+T take(liger::Result<T> result) {
+  if (result) return std::move(*result);
+  std::fprintf(stderr, "error: %s\n", result.error().message.c_str());
+  std::exit(2);
+}
+
+std::unique_ptr<liger::Session> open(char** words) {
+  liger::OnnxOptions options;
+  options.runtime = words[3];
+  options.threads = 1;
+  return take(liger::open_onnx(take(liger::Bundle::open(words[2])), options));
+}
+
+int encode(char** words) {
+  const auto text = take(liger::Text::open(take(liger::Bundle::open(words[2]))));
+  for (std::string line; std::getline(std::cin, line, '\0');) {
+    for (auto id : take(text.encode(line))) std::printf("%lld ", static_cast<long long>(id));
+    std::puts("");
+  }
+  return 0;
+}
+
+std::vector<std::int64_t> numbers(std::int64_t count, std::int64_t seed) {
+  std::vector<std::int64_t> ids;
+  for (std::int64_t i = 0; i < count; ++i) ids.push_back((seed * 31 + i * i * 7 + i) % 2000);
+  return ids;
+}
+
+int rows(char** words) {
+  auto session = open(words);
+  const std::vector<std::int64_t> valid{300, 1, 270};
+  std::vector<std::int64_t> all;
+  for (std::int64_t row = 0; row < 3; ++row) {
+    auto ids = numbers(300, row);
+    all.insert(all.end(), ids.begin(), ids.end());
+  }
+  auto together = take(session->prefill(all, 3, valid));
+  std::vector<float> first(together.data, together.data + 3 * together.vocab);
+  auto next = take(session->step({5, 6, 7}));
+  double worst = 0;
+  auto lone = take(session->fork());
+  for (std::int64_t row = 0; row < 3; ++row) {
+    lone->reset();
+    auto ids = numbers(valid[static_cast<std::size_t>(row)], row);
+    auto alone = take(lone->prefill(ids));
+    for (std::int64_t i = 0; i < alone.vocab; ++i)
+      worst = std::fmax(worst, std::fabs(alone.data[i] - first[static_cast<std::size_t>(row * alone.vocab + i)]));
+    alone = take(lone->step({5 + row}));
+    for (std::int64_t i = 0; i < alone.vocab; ++i) worst = std::fmax(worst, std::fabs(alone.data[i] - next.row(row)[i]));
+  }
+  std::printf("%g\n", worst);
+  return 0;
+}
+
+int threads(char** words) {
+  auto session = open(words);
+  take(session->prefill(numbers(40, 1)));
+  const int count = std::atoi(words[4]);
+  auto run = [](liger::Session& mine, std::int64_t token, std::vector<std::int64_t>& out) {
+    for (int i = 0; i < 20; ++i) out.push_back(token = liger::argmax(take(mine.step({token}))));
+  };
+  std::vector<std::vector<std::int64_t>> found(static_cast<std::size_t>(count)), lone = found;
+  std::vector<std::unique_ptr<liger::Session>> forks;
+  for (int i = 0; i < count; ++i) forks.push_back(take(session->fork()));
+  std::vector<std::thread> workers;
+  for (int i = 0; i < count; ++i)
+    workers.emplace_back([&, i] { run(*forks[static_cast<std::size_t>(i)], i, found[static_cast<std::size_t>(i)]); });
+  for (auto& worker : workers) worker.join();
+  for (int i = 0; i < count; ++i) run(*take(session->fork()), i, lone[static_cast<std::size_t>(i)]);
+  std::puts(found == lone ? "equal" : "different");
+  return 0;
+}
+
+int fuzz(char** words) {
+  std::ifstream in(words[2], std::ios::binary);
+  const std::string whole{std::istreambuf_iterator<char>(in), {}};
+  const std::string name = words[2], out = std::string(words[3]) + name.substr(name.rfind('/'));
+  const bool manifest = name.find("manifest.json") != name.npos;
+  std::mt19937 random(0);
+  int refused = 0, count = std::atoi(words[4]);
+  for (int i = 0; i < count; ++i) {
+    std::string broken = whole;
+    const std::size_t reach = std::min<std::size_t>(broken.size(), 6000);
+    for (int changes = 1 + static_cast<int>(random() % 4); changes--;) {
+      const std::size_t at = random() % reach;
+      switch (random() % 5) {
+        case 0: broken[at] = static_cast<char>(random()); break;
+        case 1: broken[at] = "0123456789-\"{}[],:"[random() % 18]; break;
+        case 2: broken.erase(at, 1 + random() % 40); break;
+        case 3: broken.insert(at, broken.substr(random() % reach, random() % 40)); break;
+        default: broken.resize(at + (random() % 2 ? 0 : broken.size() - at));
+      }
+      if (broken.size() < reach) break;
+    }
+    std::ofstream(out, std::ios::binary) << broken;
+    refused += manifest ? !liger::Bundle::open(words[3]) : !liger::State::load(out);
+  }
+  std::printf("%d\n", refused);
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const std::string question = count > 2 ? words[1] : "";
+  if (question == "encode") return encode(words);
+  if (question == "rows" && count > 3) return rows(words);
+  if (question == "threads" && count > 4) return threads(words);
+  if (question == "fuzz" && count > 4) return fuzz(words);
+  return 2;
+}
