@@ -146,6 +146,35 @@ def cpu_executorch() -> str:
     return "\n".join([head, "|---" * (len(contexts) + 4) + "|", *lines, "", f"{note} {source}"])
 
 
+def gpu_step() -> str:
+    """A step on a GPU by position, ours and Hugging Face's."""
+    f, source = _result("gpu_step_1b")
+    step, read = f["step"], f["bandwidth"]["read_gb_s"]
+    ours, theirs = step["step_ms overlapped"], step["peer_ms"]
+    head = f"| one token, batch 1, bfloat16 | {' | '.join(f'{int(d):,}' for d in ours)} |"
+    peers = (f"{theirs[depth]:.2f} ms" if depth in theirs else "" for depth in ours)
+    lines = [
+        f"| Liger-GLA, exported package | {' | '.join(f'{ms:.2f} ms' for ms in ours.values())} |",
+        f"| Hugging Face, static cache, compiled, CUDA graph | {' | '.join(peers)} |",
+    ]
+    rate = step["weight_bytes"] / max(ours.values()) / 1e6
+    note = (
+        f"Llama-3.2-1B's shape, random weights; the step reads its weights at {rate / 1000:.2f} TB/s, "
+        f"{rate / read:.0%} of the {read / 1000:.2f} TB/s that a plain read reaches in the same run."
+    )
+    return "\n".join([head, "|---" * (len(ours) + 1) + "|", *lines, "", f"{note} {source}"])
+
+
+def native() -> str:
+    """liger-run and the Python session."""
+    f, source = _result("native")
+    lines = [f"| {name} | {row['step_ms']:.3f} ms | {row['start_s']:.2f} s |" for name, row in f["runtimes"].items()]
+    sizes = ", ".join(f"`{name}` {size / 1000:.0f} kB" for name, size in f["bytes"].items())
+    note = f"Python's step takes {f['python_over_native']:.2f} times as long, side by side. {sizes}."
+    head = "| embedded model, ONNX Runtime, one thread | a step | start to second token |"
+    return "\n".join([head, "|---|---|---|", *lines, "", f"{note} {source}"])
+
+
 def state() -> str:
     """State sizes of Llama-3-8B's shape, computed from StateSpec."""
     shape = ModelShape(layers=32, query_heads=32, kv_heads=8, head_dim=128)
@@ -229,6 +258,8 @@ TABLES: dict[str, Callable[[], str]] = {
         quant,
         cpu_peers,
         cpu_executorch,
+        gpu_step,
+        native,
         drift,
         memory_1b,
         memory_3b,
