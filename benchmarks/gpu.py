@@ -15,7 +15,6 @@ import functools
 import itertools
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,7 +172,7 @@ def main() -> None:
     else:
         figures["layer"] = layer()
     name = f"gpu_{arguments.question}" + (f"_{arguments.shape}" if arguments.question == "sweep" else "")
-    path = report.write(name, " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]), figures)
+    path = report.write(name, report.command("python -m benchmarks.gpu"), figures)
     if arguments.out:
         shutil.copy(path, arguments.out)
 

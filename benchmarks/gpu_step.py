@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -203,7 +202,7 @@ def main() -> None:
             shape |= {"num_hidden_layers": arguments.layers}
         figures["step"] = step(shape, [int(depth) for depth in arguments.peer_depths.split(",") if depth])
     name = f"gpu_{arguments.question}" + (f"_{arguments.shape}" if arguments.question == "step" else "")
-    path = report.write(name, " ".join(["python -m benchmarks.gpu_step", *sys.argv[1:]]), figures)
+    path = report.write(name, report.command("python -m benchmarks.gpu_step"), figures)
     if arguments.out:
         shutil.copy(path, arguments.out)
 

@@ -25,10 +25,9 @@ from liger_deploy.runtimes.onnx import OPS
 RUN = report.ROOT / "liger_deploy" / "native" / "liger-run"
 PYTHON = """
 import json, statistics, sys, time
-import liger_deploy as ld
 from liger_deploy.bundle import Bundle
-from liger_deploy.runtimes import load_session
-session = load_session(Bundle.open(sys.argv[1]), threads=1)
+from liger_deploy.runtimes.onnx import OnnxSession
+session = OnnxSession(Bundle.open(sys.argv[1]), threads=1)
 logits, times = session.prefill([json.loads(sys.argv[2])]), []
 for _ in range(int(sys.argv[3])):
     start = time.perf_counter()

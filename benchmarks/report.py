@@ -8,11 +8,21 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy")
+
+
+def command(program: str) -> str:
+    """The program with this call's arguments, but for --out and its path."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return " ".join([program, *words])
 
 
 def write(name: str, command: str, figures: object) -> Path:
