@@ -30,8 +30,8 @@ from liger_deploy.runtimes.onnx import OnnxSession
 session = OnnxSession(Bundle.open(sys.argv[1]), threads=1)
 logits, times = session.prefill([json.loads(sys.argv[2])]), []
 for _ in range(int(sys.argv[3])):
-    start = time.perf_counter()
-    logits = session.step([int(logits.argmax())])
+    token, start = int(logits.argmax()), time.perf_counter()
+    logits = session.step([token])
     times.append((time.perf_counter() - start) * 1e3)
 print(json.dumps({"step_ms_median": statistics.median(times)}))
 """
