@@ -1,9 +1,18 @@
 // What a runtime adds to a Session. Implementations return errors; nothing they call may throw through.
 #pragma once
 
+#include <algorithm>
+
 #include "liger/liger.h"
 
 namespace liger {
+
+// What a runtime's library exports as liger_backend_<target>.
+using OpenBackend = void(const Bundle& bundle, const Options& options, Result<std::unique_ptr<Session>>& out);
+#define LIGER_BACKEND(target)                                                                       \
+  extern "C" __attribute__((visibility("default"))) void liger_backend_##target(                    \
+      const liger::Bundle& bundle, const liger::Options& options,                                   \
+      liger::Result<std::unique_ptr<liger::Session>>& out)
 
 class Backend {
  public:

@@ -1,6 +1,4 @@
 // The state lives in two sets of buffers that are bound as input and output in turn: a step copies none of it.
-#include "liger/onnx.h"
-
 #include <dlfcn.h>
 
 #define ORT_API_MANUAL_INIT
@@ -157,16 +155,16 @@ Status check_names(const Bundle& bundle, Ort::Session& session) {
   return Error{Code::bundle, bundle.path + ": the graph's inputs and outputs are not those of its manifest"};
 }
 
-}  // namespace
+using Opened = std::unique_ptr<Session>;
 
-Result<std::unique_ptr<Session>> open_onnx(const Bundle& bundle, const OnnxOptions& options) {
-  using Opened = std::unique_ptr<Session>;
+Result<Opened> open_onnx(const Bundle& bundle, const Options& options) {
   if (bundle.target != "onnx")
     return Error{Code::bundle, bundle.path + " is a bundle for '" + bundle.target + "', not for onnx"};
   auto model = bundle.file("model");
   if (!model) return model.error();
   return guarded<Opened>(Code::bundle, bundle.path + " does not load in ONNX Runtime", [&]() -> Result<Opened> {
-    if (auto ok = load_runtime(options.runtime); !ok) return ok.error();
+    if (auto ok = load_runtime(options.runtime.empty() ? "libonnxruntime.so.1" : options.runtime); !ok)
+      return ok.error();
     static Ort::Env environment{ORT_LOGGING_LEVEL_ERROR, "liger"};
     Ort::SessionOptions settings;
     settings.SetIntraOpNumThreads(options.threads);
@@ -178,4 +176,7 @@ Result<std::unique_ptr<Session>> open_onnx(const Bundle& bundle, const OnnxOptio
   });
 }
 
+}  // namespace
 }  // namespace liger
+
+LIGER_BACKEND(onnx) { out = liger::open_onnx(bundle, options); }

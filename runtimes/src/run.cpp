@@ -1,13 +1,14 @@
-// liger-run: the native twin of `python -m liger_deploy.generate`, on ONNX Runtime.
+// liger-run: the native twin of `python -m liger_deploy.generate`, on the runtime that the bundle was made for.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <optional>
 
-#include "liger/onnx.h"
+#include "liger/liger.h"
 
 namespace {
 
@@ -19,9 +20,11 @@ constexpr const char* kUsage =
     "  --load-state FILE    continue from a saved state of any runtime\n"
     "  --save-state FILE    save the state when done, with every token of the text in it\n"
     "  --bench N            time N steps after the prompt instead of generating\n"
-    "  --runtime PATH       libonnxruntime.so ($LIGER_ONNXRUNTIME, libonnxruntime.so.1)\n"
-    "  --ops PATH           this project's kernels, libliger_ort_ops.so ($LIGER_ORT_OPS; none)\n"
-    "  --threads N          of ONNX Runtime (its own choice)\n";
+    "  --chat               put the prompt into the model's chat template\n"
+    "  --threads N          of the runtime (its own choice)\n"
+    "  --no-checksums       believe the bundle's files\n"
+    "  --runtime PATH       ONNX Runtime: libonnxruntime.so ($LIGER_ONNXRUNTIME, libonnxruntime.so.1)\n"
+    "  --ops PATH           ONNX Runtime: this project's kernels ($LIGER_ORT_OPS, libliger_ort_ops.so beside this; none)\n";
 
 [[noreturn]] void fail(const std::string& message) {
   std::fprintf(stderr, "error: %s\n", message.c_str());
@@ -37,7 +40,7 @@ T take(liger::Result<T> result) {
 struct Arguments {
   std::string bundle;
   std::map<std::string, std::string> values;
-  bool print_ids = false;
+  bool print_ids = false, chat = false, checksums = true;
 
   const char* find(const char* name) const {
     auto found = values.find(name);
@@ -74,6 +77,10 @@ Arguments parse(int count, char** words) {
     if (word == "--help") std::fputs(kUsage, stdout), std::exit(0);
     if (word == "--print-ids") {
       arguments.print_ids = true;
+    } else if (word == "--chat") {
+      arguments.chat = true;
+    } else if (word == "--no-checksums") {
+      arguments.checksums = false;
     } else if (word.compare(0, 2, "--") != 0) {
       if (!arguments.bundle.empty()) fail("more than one bundle: " + arguments.bundle + " and " + word);
       arguments.bundle = word;
@@ -128,14 +135,23 @@ void bench(liger::Session& session, const std::vector<std::int64_t>& prompt, std
               prompt.size(), prefill * 1e3, times.size(), at(0.5), at(0.1), at(0.9));
 }
 
+// This project's kernels where `make native` puts them, or "none".
+std::string kernels_beside(const char* program) {
+  std::error_code missing;
+  auto self = std::filesystem::canonical("/proc/self/exe", missing);
+  if (missing) self = program;
+  const auto found = self.parent_path() / "libliger_ort_ops.so";
+  return std::filesystem::exists(found, missing) ? found.string() : "none";
+}
+
 }  // namespace
 
 int main(int count, char** words) {
   const Arguments arguments = parse(count, words);
-  const auto bundle = take(liger::Bundle::open(arguments.bundle));
-  liger::OnnxOptions options;
-  options.runtime = arguments.text("--runtime", "LIGER_ONNXRUNTIME", "libonnxruntime.so.1");
-  options.ops = arguments.text("--ops", "LIGER_ORT_OPS", "none");
+  const auto bundle = take(liger::Bundle::open(arguments.bundle, arguments.checksums));
+  liger::Options options;
+  options.runtime = arguments.text("--runtime", "LIGER_ONNXRUNTIME", "");
+  options.ops = arguments.text("--ops", "LIGER_ORT_OPS", kernels_beside(words[0]).c_str());
   if (options.ops == "none") options.ops.clear();
   options.threads = static_cast<int>(arguments.integer("--threads", 0));
   std::optional<liger::Text> text;
@@ -144,12 +160,16 @@ int main(int count, char** words) {
   if (const char* ids = arguments.find("--tokens")) {
     prompt = parse_ids(ids);
   } else if (text) {
-    prompt = take(text->encode(arguments.find("--prompt")));
+    const std::string given = arguments.find("--prompt");
+    prompt = take(text->encode(arguments.chat ? take(text->chat(given)) : given));
   } else {
     fail("this bundle has no tokenizer: give the prompt as token ids, like --tokens '12 7 99'");
   }
-  auto session = take(liger::open_onnx(bundle, options));
-  if (const char* file = arguments.find("--load-state")) take(session->load_state(take(liger::State::load(file))));
+  auto session = take(liger::open_session(bundle, options));
+  if (const char* file = arguments.find("--load-state")) {
+    take(session->load_state(take(liger::State::load(file))));
+    if (prompt.size() > 1 && prompt[0] == bundle.bos) prompt.erase(prompt.begin());  // the conversation has begun
+  }
   if (arguments.find("--bench")) {
     bench(*session, prompt, arguments.integer("--bench", 0));
     return 0;
@@ -163,13 +183,14 @@ int main(int count, char** words) {
   if (arguments.find("--stop-token")) stop.push_back(arguments.integer("--stop-token", 0));
   const auto most = arguments.integer("--max-new-tokens", 256);
   std::int64_t last = 0;
+  liger::Characters characters;
   const auto start = std::chrono::steady_clock::now();
   const auto made = take(liger::generate(*session, prompt, most, sampling, stop, [&](std::int64_t id) {
     last = id;
     if (arguments.print_ids || !text) {
       std::printf("%lld ", static_cast<long long>(id));
     } else {
-      const auto bytes = take(text->bytes(id));
+      const auto bytes = characters.feed(take(text->bytes(id)));
       std::fwrite(bytes.data(), 1, bytes.size(), stdout);
     }
     std::fflush(stdout);

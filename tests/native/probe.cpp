@@ -13,7 +13,7 @@
 #include <string>
 #include <thread>
 
-#include "liger/onnx.h"
+#include "liger/liger.h"
 
 namespace {
 
@@ -25,10 +25,10 @@ T take(liger::Result<T> result) {
 }
 
 std::unique_ptr<liger::Session> open(char** words) {
-  liger::OnnxOptions options;
+  liger::Options options;
   options.runtime = words[3];
   options.threads = 1;
-  return take(liger::open_onnx(take(liger::Bundle::open(words[2])), options));
+  return take(liger::open_session(take(liger::Bundle::open(words[2])), options));
 }
 
 int encode(char** words) {

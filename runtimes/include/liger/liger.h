@@ -1,7 +1,7 @@
 // liger: run a bundle that `python -m liger_deploy.export` wrote, from C++17. No exception leaves this library.
 //
 //     auto bundle  = liger::Bundle::open("bundle-onnx");
-//     auto session = liger::open_onnx(*bundle);                  // liger/onnx.h
+//     auto session = liger::open_session(*bundle);               // its runtime is found by the bundle's target
 //     auto logits  = (*session)->prefill({40, 2, 7});            // the prompt; [1, vocab] float32
 //     auto next    = (*session)->step({liger::argmax(*logits)}); // one token; as often as you like
 //
@@ -48,14 +48,23 @@ using Status = Result<Done>;
 struct TensorInfo {
   std::string name, dtype, input, output;
   std::vector<std::int64_t> shape;
+  bool ring = false;  // a window whose graph keeps token t in slot t mod W
 };
 
-// manifest.json, checked: sizes in bounds, paths inside the bundle, every file there with its size.
+// What the model's chat template puts around messages, where it has one that is as plain as that.
+struct Chat {
+  std::string before, after, between;  // a first message; any message; an answer and the next message
+  explicit operator bool() const { return !after.empty(); }
+};
+
+// manifest.json, checked: sizes in bounds, paths inside the bundle, every file there with its size and SHA-256 sum.
 struct Bundle {
-  static Result<Bundle> open(const std::string& directory);
+  static Result<Bundle> open(const std::string& directory, bool checksums = true);
   Result<std::string> file(const std::string& role) const;  // path of a graph file
 
   std::string path, target, model, tokenizer;  // `model` is the fingerprint that ties states to it
+  Chat chat;
+  std::vector<std::pair<std::string, std::string>> requirements;  // what the machine must have, by name
   std::int64_t vocab = 0, chunk = 0, batch = 0;  // batch 0: any number of rows
   std::vector<TensorInfo> state;                 // in call order; the last is `length`
   std::vector<std::pair<std::string, std::string>> files;  // role, name
@@ -85,6 +94,13 @@ struct Logits {
   const float* data;
   std::int64_t rows, vocab;
   const float* row(std::int64_t i) const { return data + i * vocab; }
+};
+
+// How a bundle runs. What a runtime does not know it ignores.
+struct Options {
+  std::string runtime;  // ONNX Runtime: libonnxruntime's path, or a name that the loader finds
+  std::string ops;      // ONNX Runtime: this project's kernels (libliger_ort_ops), or "" for stock operators
+  int threads = 0;      // 0: the runtime's choice
 };
 
 class Backend;
@@ -118,6 +134,10 @@ class Session {
   std::string poison_;
 };
 
+// A session on the runtime that the bundle was made for. A program that links that runtime's library (liger_onnx,
+// liger_executorch, liger_inductor) gets it from there; else it is loaded from where this library lies.
+Result<std::unique_ptr<Session>> open_session(const Bundle& bundle, const Options& options = {});
+
 // temperature 0 is greedy; top_k 0 and top_p 1 keep everything.
 struct SamplingOptions {
   double temperature = 0, top_p = 1;
@@ -148,18 +168,29 @@ Result<std::int64_t> generate(Session& session, const std::vector<std::int64_t>&
                               const SamplingOptions& options, const std::vector<std::int64_t>& stop,
                               const std::function<bool(std::int64_t)>& on_token);
 
-// A byte-level BPE tokenizer.json (GPT-2's kind).
+// A byte-level BPE tokenizer.json: the kinds of GPT-2, Llama 3 and Qwen.
 class Text {
  public:
   static Result<Text> open(const Bundle& bundle);
-  // Bytes of one id; "" for a special token. A character may be spread over several ids.
+  // Bytes of one id; "" for a special token. A character may be spread over several ids: see Characters.
   Result<std::string> bytes(std::int64_t id) const;
-  // Ids of a prompt of ASCII text; Code::argument for other text, and for another kind of pre-tokenizer.
+  // Ids of a prompt in UTF-8, begun as the model was trained to begin. Code::argument for another kind of tokenizer.
   Result<std::vector<std::int64_t>> encode(const std::string& text) const;
+  // One user message as the model's chat template has it, up to where the answer begins. `first`: of a conversation.
+  Result<std::string> chat(const std::string& message, bool first = true) const;
 
  private:
   struct Tables;
   std::shared_ptr<const Tables> tables_;
+};
+
+// Whole characters of a stream of bytes: what ends inside a character waits for the rest.
+class Characters {
+ public:
+  std::string feed(const std::string& bytes);
+
+ private:
+  std::string rest_;
 };
 
 }  // namespace liger
