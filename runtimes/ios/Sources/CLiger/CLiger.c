@@ -1,0 +1,1 @@
+#include "CLiger.h"
