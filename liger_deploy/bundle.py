@@ -94,6 +94,22 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """What the chat template puts around messages, for programs that render no templates; empty where a model has no
+    template, or one that changes the messages themselves.
+
+    Attributes:
+        before: what a conversation begins with, up to the first user message.
+        after: from a user message up to where the answer begins.
+        between: from an answer up to the next user message.
+    """
+
+    before: str = ""
+    after: str = ""
+    between: str = ""
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and hex SHA-256."""
 
@@ -112,6 +128,7 @@ class Manifest:
     generation: GenerationDefaults
     tokenizer: str = ""
     chat_template: str = ""
+    chat: Chat = field(default_factory=Chat)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileInfo] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from liger_deploy.bundle import Bundle
+from liger_deploy.bundle import Bundle, Chat
 from liger_deploy.errors import BundleError, TokenError, UserError
 
 
@@ -29,7 +29,11 @@ class Text:
         if not prompt:
             raise TokenError("the prompt is empty: give --prompt some text")
         ids: list[int] = self._tokenizer.encode(prompt).ids
-        return ids if self._bos < 0 or ids[:1] == [self._bos] else [self._bos, *ids]
+        if self._bos < 0:
+            return ids
+        while ids[:1] == [self._bos]:  # the tokenizer may have put one before the template's own
+            ids = ids[1:]
+        return [self._bos, *ids]
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -45,17 +49,43 @@ class Text:
         """
         if self._template is None:
             raise UserError("this bundle has no chat template: use --prompt without --chat")
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         bos = self._tokenizer.id_to_token(self._bos) if self._tokenizer and self._bos >= 0 else ""
-        messages = [{"role": "user", "content": message}]
         try:
-            template = environment.from_string(self._template.read_text(encoding="utf-8"))
-            return template.render(messages=messages, add_generation_prompt=True, bos_token=bos or "")
-        except (TemplateError, TypeError, ValueError) as error:
+            return render(self._template.read_text(encoding="utf-8"), [message], bos or "")
+        except ValueError as error:
             raise UserError(f"{self._template} does not render: {error}") from None
+
+
+def render(template: str, messages: list[str], bos: str) -> str:
+    """Messages, of the user and the assistant in turn, in a chat template (Jinja), up to where an answer begins.
+
+    Raises:
+        ValueError: the template does not render.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)]
+    try:
+        return environment.from_string(template).render(messages=turns, add_generation_prompt=True, bos_token=bos)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(str(error)) from None
+
+
+def plain_form(template: str, bos: str) -> Chat:
+    """What a template puts around messages; empty if that depends on the messages, or changes them."""
+    first, answer, second = "\u0001first\u0001", "\u0001answer\u0001", "\u0001second\u0001"
+    try:
+        one, three = (render(template, messages, bos) for messages in ([first], [first, answer, second]))
+    except ValueError:
+        return Chat()
+    before, found, after = one.partition(first)
+    _, answered, rest = three.partition(answer)
+    between, last, end = rest.partition(second)
+    same = three.startswith(before + first + after + answer) and end == after
+    return Chat(before, after, between) if found and answered and last and after and same else Chat()
 
 
 class Stream:

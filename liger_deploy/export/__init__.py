@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from liger_deploy import __version__
-from liger_deploy.bundle import Bundle, GenerationDefaults, Manifest, write_manifest
+from liger_deploy.bundle import Bundle, Chat, GenerationDefaults, Manifest, write_manifest
 from liger_deploy.errors import UserError
 from liger_deploy.export.targets import TARGETS
 from liger_deploy.export.targets import ExportOptions as ExportOptions
 from liger_deploy.files import read_json, staged_directory
+from liger_deploy.text import plain_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,7 @@ def _describe(model: PreTrainedModel, target: str) -> Manifest:
 
 def _add_text(manifest: Manifest, source: Path, stage: Path) -> Manifest:
     """Copy the tokenizer, the chat template and the generation defaults of a checkpoint."""
-    tokenizer = template = ""
+    tokenizer, template, chat, generation = "", "", Chat(), _generation_defaults(source)
     if (source / TOKENIZER).is_file():
         for name in filter(lambda name: (source / name).is_file(), (TOKENIZER, TOKENIZER_CONFIG)):
             shutil.copy(source / name, stage / name)
@@ -98,10 +99,14 @@ def _add_text(manifest: Manifest, source: Path, stage: Path) -> Manifest:
     text = _chat_template(source)
     if tokenizer and text:
         (stage / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
-        template = CHAT_TEMPLATE
-    return dataclasses.replace(
-        manifest, tokenizer=tokenizer, chat_template=template, generation=_generation_defaults(source)
-    )
+        template, chat = CHAT_TEMPLATE, plain_form(text, _token(source / TOKENIZER, generation.bos_token_id))
+    return dataclasses.replace(manifest, tokenizer=tokenizer, chat_template=template, chat=chat, generation=generation)
+
+
+def _token(tokenizer: Path, id_: int) -> str:
+    """The text of an added token; "" if there is none of this id."""
+    added = read_json(tokenizer).get("added_tokens", [])
+    return next((str(token["content"]) for token in added if token.get("id") == id_), "")
 
 
 def _chat_template(source: Path) -> str:
