@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,9 +18,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import liger_deploy as ld
+from liger_deploy.bundle import Manifest, write_manifest
 from liger_deploy.export import EMBEDDED
 
 TINY_BASE = EMBEDDED.parent / "base"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one slowly made bundle run in one worker, which makes it once."""
+    for item in items:
+        values = getattr(item, "callspec", None)
+        names = {*getattr(item, "fixturenames", ()), *(map(str, values.params.values()) if values else ())}
+        for target in ("executorch", "inductor"):
+            if {target, f"tiny_{target}"} & names:
+                item.add_marker(pytest.mark.xdist_group(target))
 
 
 def small_llama(kv_heads: int = 2, vocab: int = 97, **changes: object) -> LlamaForCausalLM:
@@ -67,3 +81,39 @@ def tiny() -> PreTrainedModel:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its ONNX bundle."""
     return ld.export_bundle(None, "onnx", tmp_path_factory.mktemp("bundles") / "tiny").path
+
+
+@pytest.fixture(scope="session")
+def tiny_executorch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its ExecuTorch bundle."""
+    return ld.export_bundle(None, "executorch", tmp_path_factory.mktemp("executorch") / "tiny").path
+
+
+@pytest.fixture(scope="session")
+def tiny_inductor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its Inductor bundle, for any number of rows. A short chunk compiles faster."""
+    out = tmp_path_factory.mktemp("inductor") / "tiny"
+    return ld.export_bundle(None, "inductor", out, ld.ExportOptions(chunk=16)).path
+
+
+def rewritten(bundle: Path, copy: Path, path: Sequence[str], value: object) -> Path:
+    """A copy of a bundle whose manifest holds another value there; none at all for `...`."""
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    place = manifest
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def relisted(bundle: Path, change: Callable[[Manifest], Manifest] = lambda manifest: manifest) -> Path:
+    """The manifest's list of files made anew, after some were changed, and the manifest with them."""
+    manifest = change(Manifest.from_dict(json.loads((bundle / "manifest.json").read_text())))
+    (bundle / "manifest.json").unlink()
+    write_manifest(bundle, manifest)
+    return bundle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from liger_deploy.__main__ import main
 from liger_deploy.export import EMBEDDED
 from liger_deploy.model.checkpoint import INDEX
 from liger_deploy.text import Stream, Text
-from tests.conftest import TINY_BASE, relative, small_llama
+from tests.conftest import TINY_BASE, relative, relisted, small_llama
 from tests.test_attention import LLAMA3_ROPE
 
 
@@ -248,8 +249,6 @@ def test_verify_fails_on_a_wrong_model(tiny_bundle: Path, tmp_path: Path) -> Non
     """A weight changed by a hundredth is seen."""
     import onnx
 
-    from liger_deploy.bundle import Manifest, write_manifest
-
     copy = shutil.copytree(tiny_bundle, tmp_path / "b")
     model = onnx.load(copy / "model.onnx")
     weight = next(w for w in model.graph.initializer if "mlp.down_proj" in w.name or list(w.dims) == [480, 192])
@@ -257,12 +256,7 @@ def test_verify_fails_on_a_wrong_model(tiny_bundle: Path, tmp_path: Path) -> Non
     weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
     (copy / "model.onnx.data").unlink(missing_ok=True)
     onnx.save(model, copy / "model.onnx")
-    manifest = Manifest.from_dict(json.loads((copy / "manifest.json").read_text()))
-    (copy / "manifest.json").unlink()
-    import dataclasses
-
-    graph = dataclasses.replace(manifest.graph, files={"model": "model.onnx"})
-    write_manifest(copy, dataclasses.replace(manifest, graph=graph))
+    relisted(copy, lambda m: dataclasses.replace(m, graph=dataclasses.replace(m.graph, files={"model": "model.onnx"})))
     assert main(["verify", "--bundle", str(copy), "--tokens", "5"]) == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 import liger_deploy as ld
-from liger_deploy.bundle import Manifest, write_manifest
 from liger_deploy.export import EMBEDDED
 from liger_deploy.export.delegated import Delegated
 from liger_deploy.gates import STRUCTURES
@@ -22,7 +20,7 @@ from liger_deploy.model.ops import has_one_node
 from liger_deploy.model.step import PrefillModel, StepModel
 from liger_deploy.text import Text
 from liger_deploy.verify import compare, verify
-from tests.conftest import liger, relative, small_llama
+from tests.conftest import liger, relative, relisted, small_llama
 from tests.test_attention import SIZES
 from tests.test_families import FAMILIES, family
 from tests.tolerances import MODEL
@@ -30,10 +28,9 @@ from tests.tolerances import MODEL
 FORMS = [name for name in STRUCTURES if has_one_node(ld.LigerConfig(name))]
 
 
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's program."""
-    return ld.export_bundle(None, "executorch", tmp_path_factory.mktemp("executorch") / "tiny").path
+@pytest.fixture
+def bundle(tiny_executorch: Path) -> Path:
+    return tiny_executorch
 
 
 @pytest.mark.parametrize(("name", "structure"), [*((f, "gla") for f in FAMILIES), *(("llama", s) for s in FORMS)])
@@ -70,7 +67,6 @@ def test_a_wide_window_keeps_its_last_entries() -> None:
             assert relative(ours, theirs) < MODEL
 
 
-@pytest.mark.xdist_group("executorch")
 def test_the_trained_model_passes_its_table(bundle: Path, tiny: PreTrainedModel) -> None:
     prompt = Text(ld.Bundle.open(bundle)).encode(Path(__file__).read_text(encoding="utf-8"))[:300]
     rows = compare(ld.load_session(bundle), ld.EagerSession(tiny), prompt)
@@ -78,7 +74,6 @@ def test_the_trained_model_passes_its_table(bundle: Path, tiny: PreTrainedModel)
     assert [row.check for row in rows if not row.passed] == []
 
 
-@pytest.mark.xdist_group("executorch")
 @pytest.mark.parametrize("way", ["to onnx", "from onnx"])
 def test_states_move_between_runtimes(way: str, bundle: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     here, there = (ld.load_session(x) for x in ((bundle, tiny_bundle) if way == "to onnx" else (tiny_bundle, bundle)))
@@ -92,7 +87,6 @@ def test_states_move_between_runtimes(way: str, bundle: Path, tiny_bundle: Path,
         token = int(logits[0].argmax())
 
 
-@pytest.mark.xdist_group("executorch")
 def test_sessions_share_a_program_and_nothing_that_changes(bundle: Path) -> None:
     session = ld.load_session(bundle)
     session.prefill(list(range(70)))
@@ -108,14 +102,11 @@ def test_sessions_share_a_program_and_nothing_that_changes(bundle: Path) -> None
         ld.load_session(bundle).step([1, 2])
 
 
-@pytest.mark.xdist_group("executorch")
 def test_what_does_not_load_says_why(bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def broken(change: Callable[[bytes], bytes]) -> str:
         copy = shutil.copytree(bundle, tmp_path / "b")
         (copy / "model.pte").write_bytes(change((copy / "model.pte").read_bytes()))
-        manifest = Manifest.from_dict(json.loads((copy / "manifest.json").read_text()))
-        (copy / "manifest.json").unlink()
-        write_manifest(copy, manifest)
+        relisted(copy)
         with pytest.raises(ld.UserError, match="does not load in ExecuTorch") as caught:
             ld.load_session(copy)
         shutil.rmtree(copy)
@@ -133,7 +124,6 @@ def test_what_does_not_load_says_why(bundle: Path, tmp_path: Path, capfd: pytest
     assert "model.pte" not in capfd.readouterr().err
 
 
-@pytest.mark.xdist_group("executorch")
 def test_layers_are_delegated_whole(bundle: Path) -> None:
     """Counted in the program itself: pieces of the graph that XNNPACK runs do not grow with the number of layers."""
     from executorch.exir._serialize._program import deserialize_pte_binary

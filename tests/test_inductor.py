@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,20 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 import liger_deploy as ld
-from liger_deploy.bundle import Bundle, Manifest, write_manifest
+from liger_deploy.bundle import Bundle, Manifest
 from liger_deploy.export import inductor
 from liger_deploy.export.rewrites import merge_linears, step_linears
 from liger_deploy.runtimes import inductor as runtime
 from liger_deploy.text import Text
 from liger_deploy.verify import compare, verify
-from tests.conftest import liger, relative, small_llama
+from tests.conftest import liger, relative, relisted, small_llama
 from tests.test_families import FAMILIES, family
 from tests.tolerances import MODEL
 
 
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's package, for any number of rows."""
-    out = tmp_path_factory.mktemp("inductor") / "tiny"
-    return ld.export_bundle(None, "inductor", out, ld.ExportOptions(chunk=16)).path  # compiles faster than 64
+@pytest.fixture
+def bundle(tiny_inductor: Path) -> Path:
+    return tiny_inductor
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -96,13 +92,11 @@ def test_graphs_on_rings(config: dict[str, Any], tmp_path: Path, monkeypatch: py
     assert [row for row in rows if not row.passed] == []
 
 
-@pytest.mark.xdist_group("inductor")
 def test_the_trained_model_passes_its_table(bundle: Path) -> None:
     """`export` and `verify` on the embedded model."""
     assert [row for row in verify(bundle, tokens=64) if not row.passed] == []
 
 
-@pytest.mark.xdist_group("inductor")
 def test_states_move_to_onnx_and_back(bundle: Path, tiny_bundle: Path) -> None:
     """Greedy tokens after a handover, both ways, two ragged rows at once."""
     sessions = [ld.load_session(bundle), ld.load_session(tiny_bundle)]
@@ -119,7 +113,6 @@ def test_states_move_to_onnx_and_back(bundle: Path, tiny_bundle: Path) -> None:
             token = ours.argmax(-1)
 
 
-@pytest.mark.xdist_group("inductor")
 def test_fifty_forks_share_the_weights(bundle: Path) -> None:
     """Each gives what a lone session gives, and none copies a weight."""
     session = ld.load_session(bundle)
@@ -132,15 +125,6 @@ def test_fifty_forks_share_the_weights(bundle: Path) -> None:
     assert len({twin._tensors[0].data_ptr() for twin in twins}) == 50  # type: ignore[attr-defined]
 
 
-def _changed(bundle: Path, copy: Path, change: Callable[[Manifest], Manifest]) -> Path:
-    shutil.copytree(bundle, copy)
-    manifest = change(Manifest.from_dict(json.loads((copy / "manifest.json").read_text())))
-    (copy / "manifest.json").unlink()
-    write_manifest(copy, manifest)
-    return copy
-
-
-@pytest.mark.xdist_group("inductor")
 @pytest.mark.parametrize(
     ("requires", "message"),
     [
@@ -156,10 +140,9 @@ def test_another_machine_is_one_line(bundle: Path, tmp_path: Path, requires: dic
         return dataclasses.replace(manifest, graph=graph)
 
     with pytest.raises(ld.UserError, match=message):
-        ld.load_session(_changed(bundle, tmp_path / "b", change))
+        ld.load_session(relisted(shutil.copytree(bundle, tmp_path / "b"), change))
 
 
-@pytest.mark.xdist_group("inductor")
 def test_unbound_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
     """To run with one would be a segmentation fault."""
     copy = shutil.copytree(bundle, tmp_path / "b")
@@ -169,24 +152,18 @@ def test_unbound_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
     name = next(name for name in weights if name.endswith("k_proj.weight"))
     del weights[name]
     save_file(weights, copy / "model.safetensors", metadata=aliases)
-    _rewritten(copy)
+    relisted(copy)
     with pytest.raises(ld.UserError, match=f"lacks weight '{name}' of graph 'decode'"):
         ld.load_session(copy)
     (copy / "model.safetensors").write_bytes(b"junk")
-    _rewritten(copy)
+    relisted(copy)
     with pytest.raises(ld.UserError, match="is no weight file"):
         ld.load_session(copy)
     shutil.copy(bundle / "model.safetensors", copy)
     (copy / "model.pt2").write_bytes(b"junk")
-    _rewritten(copy)
+    relisted(copy)
     with pytest.raises(ld.UserError, match=r"model.pt2 does not load: "):
         ld.load_session(copy)
-
-
-def _rewritten(copy: Path) -> None:
-    manifest = Manifest.from_dict(json.loads((copy / "manifest.json").read_text()))
-    (copy / "manifest.json").unlink()
-    write_manifest(copy, manifest)
 
 
 def test_no_compiler_is_one_line(tmp_path: Path) -> None:

@@ -94,9 +94,12 @@ LIGER_API liger_status liger_session_load(liger_session *session, const char *pa
 
 LIGER_API liger_status liger_text_open(const liger_bundle *bundle, liger_text **out);
 LIGER_API void liger_text_close(liger_text *text);
-/* Ids of a prompt; as one user message of a conversation's first turn (chat 1) or a later one (2). `count` is set to
- * how many there are; as many as `capacity` are written. */
-LIGER_API liger_status liger_text_encode(const liger_text *text, const char *prompt, int32_t chat, int64_t *ids,
+/* Ids of a prompt, begun as the model was trained to begin; LIGER_CONTINUES: going on with what the session has seen;
+ * LIGER_CHAT: as a user's message in the model's chat template. `count` is set to how many there are; as many as
+ * `capacity` are written. */
+#define LIGER_CONTINUES 1
+#define LIGER_CHAT 2
+LIGER_API liger_status liger_text_encode(const liger_text *text, const char *prompt, int32_t flags, int64_t *ids,
                                          size_t capacity, size_t *count);
 
 /* Feed the prompt, then hand over each new token until the end of text (not handed over), a 0, or max_new_tokens. Text

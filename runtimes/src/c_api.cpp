@@ -154,13 +154,14 @@ liger_status liger_text_open(const liger_bundle* bundle, liger_text** out) {
 
 void liger_text_close(liger_text* text) { delete text; }
 
-liger_status liger_text_encode(const liger_text* text, const char* prompt, int32_t chat, int64_t* ids, size_t capacity,
+liger_status liger_text_encode(const liger_text* text, const char* prompt, int32_t flags, int64_t* ids, size_t capacity,
                                size_t* count) {
   return answer(text && prompt && count && (ids || !capacity), [&]() -> liger::Status {
     liger::Result<std::string> whole = std::string(prompt);
-    if (chat) whole = text->text.chat(*whole, chat == 1);
+    const bool begins = !(flags & LIGER_CONTINUES);
+    if (flags & LIGER_CHAT) whole = text->text.chat(*whole, begins);
     if (!whole) return whole.error();
-    auto found = text->text.encode(*whole);
+    auto found = text->text.encode(*whole, begins);
     if (!found) return found.error();
     *count = found->size();
     std::copy_n(found->begin(), std::min(capacity, found->size()), ids);

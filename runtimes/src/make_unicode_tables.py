@@ -65,6 +65,7 @@ def table(name: str, kind: str, rows: Iterable[Iterable[int]]) -> str:
 
 
 def main() -> None:
+    """All tables, beside this file."""
     category = {p: unicodedata.category(chr(p))[0] for p in EVERY if not 0xD800 <= p < 0xE000}
     nfd = {p: decomposed(p) for p in category if p not in HANGUL}
     parts = [

@@ -161,15 +161,13 @@ int main(int count, char** words) {
     prompt = parse_ids(ids);
   } else if (text) {
     const std::string given = arguments.find("--prompt");
-    prompt = take(text->encode(arguments.chat ? take(text->chat(given)) : given));
+    const bool begins = !arguments.find("--load-state");
+    prompt = take(text->encode(arguments.chat ? take(text->chat(given, begins)) : given, begins));
   } else {
     fail("this bundle has no tokenizer: give the prompt as token ids, like --tokens '12 7 99'");
   }
   auto session = take(liger::open_session(bundle, options));
-  if (const char* file = arguments.find("--load-state")) {
-    take(session->load_state(take(liger::State::load(file))));
-    if (prompt.size() > 1 && prompt[0] == bundle.bos) prompt.erase(prompt.begin());  // the conversation has begun
-  }
+  if (const char* file = arguments.find("--load-state")) take(session->load_state(take(liger::State::load(file))));
   if (arguments.find("--bench")) {
     bench(*session, prompt, arguments.integer("--bench", 0));
     return 0;

@@ -229,12 +229,13 @@ Result<std::string> Text::bytes(std::int64_t id) const {
   return id < static_cast<std::int64_t>(tables_->bytes.size()) ? tables_->bytes[static_cast<std::size_t>(id)] : "";
 }
 
-Result<std::vector<std::int64_t>> Text::encode(const std::string& prompt) const {
+Result<std::vector<std::int64_t>> Text::encode(const std::string& prompt, bool begins) const {
   const Tables& t = *tables_;
   if (!t.not_encodable.empty()) return Error{Code::argument, t.not_encodable};
   if (prompt.empty()) return Error{Code::token, "the prompt is empty: give it some text"};
   return guarded<std::vector<std::int64_t>>(Code::argument, "the prompt", [&]() -> Result<std::vector<std::int64_t>> {
-    std::vector<std::int64_t> ids = t.begin, word;
+    std::vector<std::int64_t> ids, word;
+    if (begins) ids = t.begin;
     auto flush = [&](const std::string& bytes) {  // BPE of one word
       if (t.whole_words) {
         static const auto table = characters();
@@ -282,18 +283,22 @@ Result<std::vector<std::int64_t>> Text::encode(const std::string& prompt) const 
       }
       i = stop;
     }
-    ids.insert(ids.end(), t.end.begin(), t.end.end());
+    if (begins) ids.insert(ids.end(), t.end.begin(), t.end.end());
     if (std::any_of(ids.begin(), ids.end(), [](auto id) { return id < 0; }))
       throw Malformed("has a byte that the tokenizer lacks");
-    if (t.bos >= 0 && ids[0] != t.bos) ids.insert(ids.begin(), t.bos);
+    if (begins && t.bos >= 0) {  // one, though the tokenizer may have put one before a chat template's own
+      const auto rest = std::find_if(ids.begin(), ids.end(), [&](auto id) { return id != t.bos; });
+      ids.erase(ids.begin(), rest);
+      ids.insert(ids.begin(), t.bos);
+    }
     return ids;
   });
 }
 
-Result<std::string> Text::chat(const std::string& message, bool first) const {
+Result<std::string> Text::chat(const std::string& message, bool begins) const {
   const Chat& chat = tables_->chat;
   if (!chat) return Error{Code::argument, "this bundle has no chat template, or not a plain one: give the whole prompt"};
-  return (first ? chat.before : chat.between) + message + chat.after;
+  return (begins ? chat.before : chat.between) + message + chat.after;
 }
 
 std::string Characters::feed(const std::string& bytes) {

@@ -1,15 +1,11 @@
 // What test_native.py asks of the library beyond liger-run.
 //   encode BUNDLE            strings on stdin, each ended by NUL -> a line of ids for each
 //   rows BUNDLE RUNTIME      ragged rows at once against each row alone
-//   threads BUNDLE RUNTIME N N forks of one session, a thread each, against a lone session
-//   fuzz FILE DIR COUNT      COUNT broken copies of a manifest.json or a state: each must be refused or read
+//   threads BUNDLE RUNTIME N N forks of one session, a thread each, against a lone session; megabytes a fork
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <iostream>
-#include <iterator>
-#include <random>
 #include <string>
 #include <thread>
 
@@ -72,6 +68,16 @@ int rows(char** words) {
   return 0;
 }
 
+// Megabytes of this process that are in memory.
+double resident() {
+  long pages = 0;
+  if (std::FILE* file = std::fopen("/proc/self/statm", "r")) {
+    if (std::fscanf(file, "%*d %ld", &pages) != 1) pages = 0;
+    std::fclose(file);
+  }
+  return static_cast<double>(pages) * 4096e-6;
+}
+
 int threads(char** words) {
   auto session = open(words);
   take(session->prefill(numbers(40, 1)));
@@ -82,40 +88,15 @@ int threads(char** words) {
   std::vector<std::vector<std::int64_t>> found(static_cast<std::size_t>(count)), lone = found;
   std::vector<std::unique_ptr<liger::Session>> forks;
   for (int i = 0; i < count; ++i) forks.push_back(take(session->fork()));
+  run(*forks[0], 0, found[0]), found[0].clear(), forks[0] = take(session->fork());
+  const double before = resident();
   std::vector<std::thread> workers;
   for (int i = 0; i < count; ++i)
     workers.emplace_back([&, i] { run(*forks[static_cast<std::size_t>(i)], i, found[static_cast<std::size_t>(i)]); });
   for (auto& worker : workers) worker.join();
+  const double each = (resident() - before) / count;
   for (int i = 0; i < count; ++i) run(*take(session->fork()), i, lone[static_cast<std::size_t>(i)]);
-  std::puts(found == lone ? "equal" : "different");
-  return 0;
-}
-
-int fuzz(char** words) {
-  std::ifstream in(words[2], std::ios::binary);
-  const std::string whole{std::istreambuf_iterator<char>(in), {}};
-  const std::string name = words[2], out = std::string(words[3]) + name.substr(name.rfind('/'));
-  const bool manifest = name.find("manifest.json") != name.npos;
-  std::mt19937 random(0);
-  int refused = 0, count = std::atoi(words[4]);
-  for (int i = 0; i < count; ++i) {
-    std::string broken = whole;
-    const std::size_t reach = std::min<std::size_t>(broken.size(), 6000);
-    for (int changes = 1 + static_cast<int>(random() % 4); changes--;) {
-      const std::size_t at = random() % reach;
-      switch (random() % 5) {
-        case 0: broken[at] = static_cast<char>(random()); break;
-        case 1: broken[at] = "0123456789-\"{}[],:"[random() % 18]; break;
-        case 2: broken.erase(at, 1 + random() % 40); break;
-        case 3: broken.insert(at, broken.substr(random() % reach, random() % 40)); break;
-        default: broken.resize(at + (random() % 2 ? 0 : broken.size() - at));
-      }
-      if (broken.size() < reach) break;
-    }
-    std::ofstream(out, std::ios::binary) << broken;
-    refused += manifest ? !liger::Bundle::open(words[3]) : !liger::State::load(out);
-  }
-  std::printf("%d\n", refused);
+  std::printf("%s %.4f\n", found == lone ? "equal" : "different", each);
   return 0;
 }
 
@@ -126,6 +107,5 @@ int main(int count, char** words) {
   if (question == "encode") return encode(words);
   if (question == "rows" && count > 3) return rows(words);
   if (question == "threads" && count > 4) return threads(words);
-  if (question == "fuzz" && count > 4) return fuzz(words);
   return 2;
 }

@@ -174,10 +174,11 @@ class Text {
   static Result<Text> open(const Bundle& bundle);
   // Bytes of one id; "" for a special token. A character may be spread over several ids: see Characters.
   Result<std::string> bytes(std::int64_t id) const;
-  // Ids of a prompt in UTF-8, begun as the model was trained to begin. Code::argument for another kind of tokenizer.
-  Result<std::vector<std::int64_t>> encode(const std::string& text) const;
-  // One user message as the model's chat template has it, up to where the answer begins. `first`: of a conversation.
-  Result<std::string> chat(const std::string& message, bool first = true) const;
+  // Ids of a prompt in UTF-8, begun as the model was trained to begin, or going on with what the session has seen.
+  // Code::argument for another kind of tokenizer.
+  Result<std::vector<std::int64_t>> encode(const std::string& text, bool begins = true) const;
+  // A user message as the model's chat template has it, up to where the answer begins.
+  Result<std::string> chat(const std::string& message, bool begins = true) const;
 
  private:
   struct Tables;
