@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from liger_deploy.config import LigerConfig
+from liger_deploy.model.kernels.attention_prefill import attention_prefill, tokens_on_ring
 from liger_deploy.model.kernels.attention_step import attention_step, step_on_ring, supports
 from liger_deploy.model.kernels.linear_step import linear_step
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
@@ -80,6 +81,61 @@ def test_attention_step(
         assert relative(found.cpu(), value) < tolerance
 
 
+# rows, KV heads, queries per KV head, head dim, window, rotary channels, tokens, (seen before), (valid)
+PREFILLS = [
+    (2, 2, 3, 16, 6, 16, 21, (0, 11), (21, 3)),
+    (1, 1, 1, 24, 7, 16, 70, (3,), (70,)),
+    (2, 1, 2, 16, 8, 0, 1, (8, 2), (1, 0)),
+    (3, 8, 4, 64, 64, 64, 200, (0, 63, 200), (200, 130, 65)) if DEVICE == "cuda"
+    else (1, 1, 4, 16, 20, 16, 130, (200,), (129,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strength", "dtype"), [(1.0, torch.float32), (60.0, torch.float32), (1.0, HALF)])
+@pytest.mark.parametrize("size", PREFILLS, ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_attention_prefill(
+    structure: str,
+    size: tuple[int, int, int, int, int, int, int, tuple[int, ...], tuple[int, ...]],
+    strength: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two ragged calls, gates weak and extreme; what is not valid and not filled is poisoned."""
+    batch, groups, queries, dim, window, rotary, tokens, seen, counts = size
+    tolerance = OP if dtype == torch.float32 else 1e-2
+    torch.manual_seed(len(structure) + dim)
+    config = LigerConfig(structure=structure, window=window, lower_bound=0.25 if structure == "hgrn2" else 0)
+    mixer, length, valid = Mixer(config, dim**-0.5), torch.tensor(seen), torch.tensor(counts)
+    rope = _table(window + tokens, rotary)
+    filled = (torch.arange(window) >= window - length[:, None])[:, None, :, None]
+    straight = [torch.randn(batch, groups, window, dim, dtype=torch.float64) * filled for _ in range(2)]
+    recurrent = (torch.randn(batch, groups, dim, dim, dtype=torch.float64),) if structure != "window" else ()
+    rings = [to_ring(x.masked_fill(~filled, torch.nan), length).to(DEVICE, dtype) for x in straight]
+    ours = LayerState(tuple(x.float().to(DEVICE) for x in recurrent), *rings)
+    theirs = LayerState(recurrent, *straight)
+    real = (torch.arange(tokens) < valid[:, None])[:, :, None]
+    for _ in range(2):
+        wide = torch.randn(batch, tokens, (queries + 3) * groups * dim, dtype=torch.float64)
+        wide[..., -groups * dim :] *= strength
+        wide = wide.to(dtype).double()
+        poisoned = wide.masked_fill(~real, torch.nan).to(DEVICE, dtype)
+        exact, single = (_heads(x, groups, queries, dim) for x in (wide * real, poisoned))
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "float", lambda x: x)  # the module's float32 casts: float64 throughout
+            expected, theirs = mixer.after_state(exact, rope, theirs, length, valid)
+        table = [x.float().to(DEVICE) for x in rope]
+        out, _ = tokens_on_ring(mixer, single, (table[0], table[1]), ours, length.to(DEVICE), valid.to(DEVICE))
+        length = length + valid
+        shown = real[..., None, None].expand_as(expected)
+        assert relative(out.double().cpu()[shown], expected[shown]) < tolerance
+    filled = (torch.arange(window) >= window - length[:, None])[:, None, :, None]
+    for found, value in zip((ours.window_k, ours.window_v), (theirs.window_k, theirs.window_v), strict=True):
+        assert relative(from_ring(found.float().cpu(), length).masked_fill(~filled, 0), value * filled) < tolerance
+    for found, value in zip(ours.recurrent, theirs.recurrent, strict=True):
+        assert relative(found.cpu(), value) < tolerance
+
+
 def _heads(wide: Tensor, groups: int, queries: int, dim: int) -> Heads:
     q, k, v, gate = wide.split([queries * groups * dim, *[groups * dim] * 3], -1)
     return Heads(q.unflatten(-1, (groups, queries, dim)), *(x.unflatten(-1, (groups, dim)) for x in (k, v, gate)))
@@ -117,6 +173,10 @@ def test_the_ops_are_registered_as_they_behave() -> None:
     state, length = torch.randn(1, 2, 16, 16, device=DEVICE), torch.tensor([7], device=DEVICE)
     arguments = (q, k, k, k, length, state, *rings, *rope, "gla", True, 16.0, 0.0, 0.5, 0.5, 0.25)
     torch.library.opcheck(attention_step, arguments, test_utils=checks)
+    q, k, valid = (x[:, None] for x in (q, k, length * 0 + 1))
+    rope = [x.float().to(DEVICE) for x in _table(20, 16)]
+    arguments = (q, k, k, k, length, valid[:, 0], state, *rings, *rope, "gla", True, 16.0, 0.0, 0.5, 0.5, 0.25)
+    torch.library.opcheck(attention_prefill, arguments, test_utils=checks)
     x, weight = torch.randn(1, 1, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
     torch.library.opcheck(linear_step, (x, weight, None, 0.0, False, None), test_utils=checks)
 
@@ -131,6 +191,7 @@ class Hopper:  # what the compiler asks of a GPU, where there is none
 
 triton.runtime.driver.set_active(Hopper())
 from torch._higher_order_ops import triton_kernel_wrap as wrap
+from liger_deploy.model.kernels.attention_prefill import _prefill_keep, _prefill_read, _prefill_states
 from liger_deploy.model.kernels.attention_step import _attention_step
 from liger_deploy.model.kernels.linear_step import _linear_step
 
@@ -149,7 +210,21 @@ attention = dict(
     V=16, W=16, ROTARY=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, BR=16, BK=16, BV=16, BW=16, BH=16,
     BREST=16, BLOCKS=1, HALF_BLOCKS=1, OVERLAP=True,
 )
-for kernel, arguments in ((_linear_step, linear), (_attention_step, attention)):
+strides = {f"{name}_{part}": 32 for name in "qkv" for part in ("batch", "row")} | dict(gate_batch=32, gate_row=32)
+shape = dict(K=16, V=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, C=64, BK=16, BV=16, G=2, N=1)
+names = "q k v gate length valid state before ring_k ring_v cos sin out".split()
+whole = dict(
+    {f"{name}_ptr": half(2, 16, 16) for name in names}, **strides, **shape, normalizer=16.0, lower_bound=0.0, T=64,
+    W=16, recurrent_weight=0.5, window_weight=0.5, scale=0.25, R=1, ROTARY=16, S=16, J=16, BR=1, BH=16, BREST=16, BW=16,
+    BC=16,
+)
+whole |= dict(state_ptr=torch.empty(2, 16, 16), length_ptr=torch.zeros(1).long(), valid_ptr=torch.zeros(1).long())
+
+def taken(kernel):
+    return {name: whole[name] for name in kernel.arg_names}
+
+prefill = [(kernel, taken(kernel)) for kernel in (_prefill_states, _prefill_read, _prefill_keep)]
+for kernel, arguments in ((_linear_step, linear), (_attention_step, attention), *prefill):
     found = wrap.identify_accessed_tensors(kernel, arguments, {})
     print(*sorted(write.name for write in found.read_writes.writes))
 """
@@ -161,4 +236,7 @@ def test_torch_sees_what_the_kernels_write() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", ANALYSIS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == ["out_ptr", "out_ptr ring_k_ptr ring_v_ptr state_ptr"]
+    assert done.stdout.split("\n")[:5] == [
+        "out_ptr", "out_ptr ring_k_ptr ring_v_ptr state_ptr",
+        "before_ptr state_ptr", "out_ptr", "ring_k_ptr ring_v_ptr",
+    ]  # fmt: skip

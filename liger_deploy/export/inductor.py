@@ -124,7 +124,8 @@ def _on_rings(model: PreTrainedModel, rings: set[int], chunk: int) -> Iterator[N
     with contextlib.ExitStack() as stack:
         for layer in _layers(model):
             if layer.layer_idx in rings:
-                from liger_deploy.model.kernels.attention_step import step_on_ring, tokens_on_ring
+                from liger_deploy.model.kernels.attention_prefill import tokens_on_ring
+                from liger_deploy.model.kernels.attention_step import step_on_ring
 
                 stack.callback(setattr, layer, "after_state", layer.after_state)
                 layer.after_state = tokens_on_ring if chunk else step_on_ring
