@@ -17,6 +17,7 @@ VERBS = {
     "export": ("export.__main__", "lower a Liger checkpoint to a bundle for one runtime"),
     "verify": ("verify", "prove that a bundle equals PyTorch: logits, state, tokens"),
     "generate": ("generate", "generate text with a bundle"),
+    "benchmark": ("benchmark", "time bundles and their peers by depth on this machine"),
 }
 
 

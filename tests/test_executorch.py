@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,24 @@ FORMS = [name for name in STRUCTURES if has_one_node(ld.LigerConfig(name))]
 @pytest.fixture
 def bundle(tiny_executorch: Path) -> Path:
     return tiny_executorch
+
+
+def test_threads_are_set_once(bundle: Path) -> None:
+    """In a process of its own: one thread, and no other number afterwards."""
+    code = f"""
+import liger_deploy as ld
+from liger_deploy.runtimes.executorch import ExecuTorchSession
+bundle = ld.Bundle.open({str(bundle)!r})
+for threads in (1, 0, 1, 2):
+    try:
+        print(int(ExecuTorchSession(bundle, threads).prefill([5, 6, 7]).argmax()))
+    except ld.UserError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = int(ld.load_session(bundle).prefill([5, 6, 7]).argmax())
+    refused = "ExecuTorch's pool has 1 threads in this process, not 2: start another process"
+    assert done.stdout.splitlines() == [*[str(expected)] * 3, refused], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(("name", "structure"), [*((f, "gla") for f in FAMILIES), *(("llama", s) for s in FORMS)])

@@ -20,8 +20,8 @@ _RUNTIMES = {
 }
 
 
-def load_session(bundle: str | os.PathLike[str] | Bundle, checksums: bool = True) -> BaseSession:
-    """Load a bundle of any target.
+def load_session(bundle: str | os.PathLike[str] | Bundle, checksums: bool = True, threads: int = 0) -> BaseSession:
+    """Load a bundle of any target. `threads`: of the runtime; 0 is its own choice.
 
     Raises:
         BundleError: missing, corrupt, newer than this library, or of an unknown target.
@@ -36,5 +36,5 @@ def load_session(bundle: str | os.PathLike[str] | Bundle, checksums: bool = True
         importlib.import_module(package)
     except ImportError:
         raise UserError(f"a {target!r} bundle needs {package}: pip install 'liger-deploy[{extra}]'") from None
-    session: BaseSession = getattr(importlib.import_module(f"liger_deploy.runtimes.{module}"), name)(opened)
+    session: BaseSession = getattr(importlib.import_module(f"liger_deploy.runtimes.{module}"), name)(opened, threads)
     return session

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from liger_deploy.bundle import Bundle
-from liger_deploy.errors import BundleError
+from liger_deploy.errors import BundleError, UserError
 from liger_deploy.runtimes.session import BaseSession, Logits
 from liger_deploy.state import Array
 
@@ -25,17 +25,20 @@ class ExecuTorchSession(BaseSession):
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         """Load a bundle. `threads`: of ExecuTorch's one pool, shared by the process; 0 leaves it as it is.
 
+        A loaded program keeps the pool that it was loaded with, so the number is set by the process's first session.
+
         Raises:
             BundleError: the program does not load: not one, for another runtime version, or with a backend or an
                 operator that this build of the runtime lacks.
+            UserError: another number of threads than the process's first session had.
         """
-        from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime
 
         super().__init__(bundle.manifest)
         self._tensors: tuple[torch.Tensor, ...] = ()
         import executorch.kernels.quantized  # noqa: F401  (registers its operators with the runtime)
 
+        _set_threads(threads)
         path = str(bundle.file("model"))
         with _captured_log() as log:
             try:
@@ -45,8 +48,6 @@ class ExecuTorchSession(BaseSession):
                 self._decode, self._prefill = (self._program.load_method(name) for name in ("decode", "prefill"))
             except Exception as error:  # the runtime raises RuntimeError, KeyError and others
                 raise BundleError(f"{path} does not load in ExecuTorch: {_reason(log(), error)}") from None
-            if threads:
-                portable_lib._unsafe_reset_threadpool(threads)
         self._check_inputs(path)
 
     def _check_inputs(self, path: str) -> None:
@@ -85,6 +86,23 @@ class ExecuTorchSession(BaseSession):
 
     def _clear(self) -> None:
         self._tensors = ()
+
+
+_pool: list[int] = []  # how many threads the pool has, once a program was loaded
+
+
+def _set_threads(threads: int) -> None:
+    """Size the pool before a program is loaded: a delegate keeps the pool it was made with, and crashes on another."""
+    from executorch.extension.pybindings import portable_lib
+
+    if not _pool:
+        if threads:
+            portable_lib._unsafe_reset_threadpool(threads)
+        _pool.append(portable_lib._threadpool_get_thread_count())
+    if threads not in (0, _pool[0]):
+        raise UserError(
+            f"ExecuTorch's pool has {_pool[0]} threads in this process, not {threads}: start another process"
+        )
 
 
 @contextlib.contextmanager

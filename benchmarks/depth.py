@@ -1,0 +1,98 @@
+"""One shape on every runtime and beside its peers, by depth: makes models, proves them, runs `liger-deploy benchmark`.
+
+    python -m benchmarks.depth tiny|291m [--threads N] [--folder DIR] [--peer-python PATH]
+
+tiny: the embedded model, float32.  291m: a small Llama's shape, random weights, float32 and 4 bits, peers included.
+What is in --folder already is not made again. Writes benchmarks/results/depth_NAME.json, and docs/depth_NAME.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT
+from liger_deploy.export import EMBEDDED
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "291m": {
+        "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
+        "max_position_embeddings": 20480, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
+    },
+}  # fmt: skip
+# target, --dtype, --quant
+BUNDLES = {
+    "tiny": [("onnx", "float32", "none"), ("executorch", "float32", "none"), ("inductor", "float32", "none")],
+    "291m": [
+        ("onnx", "float32", "none"), ("onnx", "float32", "int4"), ("executorch", "float32", "int4"),
+        ("inductor", "float32", "none"), ("inductor", "bfloat16", "none"),
+    ],
+}  # fmt: skip
+PEERS = {
+    "tiny": "transformers",
+    "291m": "llama.cpp,onnxruntime-genai,transformers,transformers-bf16",
+}
+CONTEXTS = {"tiny": "128,1024,4096,16384", "291m": "128,1024,4096,16384"}
+
+
+def liger(*words: object) -> None:
+    """A verb in a process of its own."""
+    subprocess.run([sys.executable, "-m", "liger_deploy", *map(str, words)], check=True)
+
+
+def make(name: str, folder: Path) -> tuple[Path, list[Path]]:
+    """The softmax checkpoint and the proved bundles."""
+    base, model = (EMBEDDED.parent / "base", EMBEDDED) if name == "tiny" else (folder / "base", folder / "model")
+    if not base.exists():
+        random_checkpoint(SHAPES[name], base)
+    if not model.exists():
+        liger("convert", "--model", base, "--out", model)
+    bundles = []
+    for target, dtype, quant in BUNDLES[name]:
+        bundles.append(folder / f"{target}-{dtype if quant == 'none' else quant}")
+        if not bundles[-1].exists():
+            options = ("--target", target, "--dtype", dtype, "--quant", quant)
+            liger("export", "--model", model, "--out", bundles[-1], *options)
+        if not (bundles[-1] / "parity.json").exists():
+            liger("verify", "--bundle", bundles[-1], "--model", model, "--tokens", 64)
+    return base, bundles
+
+
+def random_checkpoint(shape: dict[str, Any], out: Path) -> None:
+    """A Llama of this shape with random weights, and the embedded model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(out)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / file, out)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=tuple(BUNDLES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--peer-python", default=sys.executable)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        base, bundles = make(arguments.name, folder)
+        out = RESULTS / f"depth_{arguments.name}.json"
+        peers = ("--peers", PEERS[arguments.name], "--base", base, "--peer-folder", folder)
+        how = ("--threads", arguments.threads, "--contexts", CONTEXTS[arguments.name], "--stock")
+        liger("benchmark", "--bundle", *bundles, *peers, "--peer-python", arguments.peer_python, *how, "--out", out)
+        for suffix in (".png", ".html"):
+            out.with_suffix(suffix).replace(ROOT / "docs" / out.with_suffix(suffix).name)
+
+
+if __name__ == "__main__":
+    main()
