@@ -96,6 +96,7 @@ def picture(figures: dict[str, Any], form: str) -> bytes:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=120)
     for one in figures["subjects"]:
@@ -110,6 +111,8 @@ def picture(figures: dict[str, Any], form: str) -> bytes:
         axis.set(xscale="log", yscale="log", xlabel="tokens in the conversation", ylabel=label)
         axis.set_xticks(figures["contexts"], [f"{c:,}" for c in figures["contexts"]])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.25)
     figure.legend(loc="lower center", ncols=3, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.05 + 0.04 * ((len(figures["subjects"]) + 2) // 3), 1, 1))
