@@ -1,9 +1,14 @@
 """The inductor target's kernels on a GPU, against memory bandwidth measured in the same run.
 
-    python -m benchmarks.gpu sweep|layer [--shape 1b|8b] [--out FILE]
+    python -m benchmarks.gpu sweep|layer|tilings|prefill|prefill_tilings [--shape 1b|8b] [--out FILE]
 
 sweep: tilings of `liger::linear_step`, each layer of the shape, with and without overlapping launches.
-layer: `liger::attention_step` at the 8B layer's shape, batch 1 to 256, float32 and bfloat16 state.
+layer: `liger::attention_step` at the 8B layer's shape, batch 1 to 256, float32 and bfloat16 state, and what
+       flash-linear-attention takes for the recurrence alone, called as the reference code does (32 heads).
+tilings: the same kernel cut in other ways.
+prefill: `liger::attention_prefill` for one 8B layer, 2k to 128k tokens, the window included, beside
+       flash-linear-attention's `chunk_gla` (the recurrence alone) and causal scaled_dot_product_attention.
+prefill_tilings: the same kernels cut in other ways.
 
 Times are medians of CUDA-graph replays between events. `tests/test_triton.py` holds both kernels to float64.
 """
@@ -131,10 +136,142 @@ def layer() -> list[dict[str, Any]]:
     from liger_deploy.model.kernels.attention_step import attention_step
 
     found = []
-    for batch, dtype in itertools.product((1, 16, 64, 256), (torch.float32, torch.bfloat16)):
-        ms, size = _attention_time(attention_step, batch, dtype)
-        found.append({"batch": batch, "state": str(dtype), "us": ms * 1e3, "gb_s": size / ms / 1e6})
+    for batch in (1, 16, 64, 256):
+        theirs = _fla_step(batch)
+        for dtype in (torch.float32, torch.bfloat16):
+            ms, size = _attention_time(attention_step, batch, dtype)
+            row = {"batch": batch, "state": str(dtype), "us": ms * 1e3, "gb_s": size / ms / 1e6, "fla_us": theirs}
+            found.append(row)
+            print(row, flush=True)
+    return found
+
+
+def _fla_step(batch: int) -> float | None:
+    """Microseconds of the recurrence alone, keys and values repeated to 32 heads; None without the package."""
+    try:
+        from fla.ops.gla import fused_recurrent_gla
+    except ImportError:
+        return None
+    q, k, v, g = (torch.randn(batch, 1, 32, 128, device="cuda").bfloat16() for _ in range(4))
+    states = [torch.randn(batch, 32, 128, 128, device="cuda") for _ in range(max(1, min(4, 128 // batch)))]
+    gate = torch.nn.functional.logsigmoid(g.float()) / 16
+
+    def run() -> None:
+        for state in states:
+            fused_recurrent_gla(q, k, v, gk=gate, scale=1.0, initial_state=state, output_final_state=True)
+
+    return median_ms(captured(run)) / len(states) * 1e3
+
+
+def tilings() -> list[dict[str, Any]]:
+    """`attention_step` at batch 64 and 256, each way to cut it; the best five of each."""
+    from liger_deploy.model.kernels import attention_step as module
+
+    found, kept = [], module.tiling
+    ways = [
+        module.Tiling(values, blocks, half, warps, matrix)
+        for values, blocks in ((128, 1), (64, 1), (64, 2), (32, 1), (32, 4), (32, 2), (16, 8), (16, 4))
+        for half, warps, matrix in itertools.product((32,), (2, 4, 8), (False, True))
+    ]
+    for batch, dtype in itertools.product((256, 64), (torch.float32,)):
+        timed = []
+        for way in ways:
+            module.tiling = lambda *_, way=way: way  # type: ignore[misc]
+            try:
+                ms, size = _attention_time(module.attention_step, batch, dtype)
+            except Exception as error:  # more shared memory or registers than there are
+                print(way, str(error).splitlines()[:1], flush=True)
+                continue
+            timed.append((ms * 1e3, size / ms / 1e6, way))
+        for us, gb_s, way in sorted(timed)[:5]:
+            found.append({"batch": batch, "state": str(dtype), "us": us, "gb_s": gb_s, "tiling": way})
+            print(found[-1], flush=True)
+    module.tiling = kept
+    return found
+
+
+LENGTHS = (2048, 8192, 32768, 131072)
+
+
+def _prefill_call(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
+    """One 8B layer's prefill from a state that has seen 1,000 tokens."""
+    from liger_deploy.model.kernels.attention_prefill import attention_prefill
+
+    g, r, d, w = 8, 4, 128, 64
+    wide = torch.randn(1, tokens, (r + 2) * g * d, device="cuda").to(dtype)
+    q, k, v = wide.split([r * g * d, g * d, g * d], 2)
+    q, k, v = q.unflatten(2, (g, r, d)), k.unflatten(2, (g, d)), v.unflatten(2, (g, d))
+    state = torch.randn(1, g, d, d, device="cuda")
+    rings = [torch.randn(1, g, w, d, device="cuda").to(dtype) for _ in range(2)]
+    rope = [torch.randn(w + 64, d, device="cuda") for _ in range(2)]
+    length, valid = torch.tensor([1000], device="cuda"), torch.tensor([tokens], device="cuda")
+    rest = ("gla", True, 16.0, 0.0, 0.5, 0.5, d**-0.5)
+    return lambda: attention_prefill(q, k, v, k, length, valid, state, *rings, *rope, *rest)
+
+
+def prefill() -> list[dict[str, Any]]:
+    """Milliseconds of one layer at each length."""
+    found = []
+    for tokens in LENGTHS:
+        row: dict[str, Any] = {"tokens": tokens, "ms": median_ms(captured(_prefill_call(tokens)), 20)}
+        q, k, v = (torch.randn(1, heads, tokens, 128, device="cuda").bfloat16() for heads in (32, 8, 8))
+        attend = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True
+        )
+        row["sdpa_ms"] = median_ms(captured(attend), 10)
+        row["fla_ms"] = _fla_prefill(tokens)
+        found.append(row)
+        print(row, flush=True)
+    return found
+
+
+def _fla_prefill(tokens: int) -> float | None:
+    """Milliseconds of the recurrence alone, keys, values and gates repeated to 32 heads; None without the package."""
+    try:
+        from fla.ops.gla import chunk_gla
+    except ImportError:
+        return None
+    q, k, v = (torch.randn(1, tokens, 32, 128, device="cuda").bfloat16() for _ in range(3))
+    gate, state = torch.nn.functional.logsigmoid(k.float()) / 16, torch.randn(1, 32, 128, 128, device="cuda")
+
+    def run() -> None:
+        chunk_gla(q, k, v, gate, scale=1.0, initial_state=state, output_final_state=True)
+
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(20):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def prefill_tilings() -> list[dict[str, Any]]:
+    """Milliseconds at 2k and 32k tokens, each way to cut the kernels."""
+    from liger_deploy.model.kernels import attention_prefill as module
+
+    found = []
+    ways = [("STATE", b, w) for b, w in itertools.product((16, 32, 64, 128), (2, 4, 8))]
+    ways += [("READ", j, w) for j, w in itertools.product((16, 32, 64), (4, 8))]
+    kept = module.STATE_BLOCK, module.STATE_WARPS, module.KEYS, module.READ_WARPS
+    for what, size, warps in ways:
+        module.STATE_BLOCK, module.STATE_WARPS, module.KEYS, module.READ_WARPS = kept
+        if what == "STATE":
+            module.STATE_BLOCK, module.STATE_WARPS = size, warps
+        else:
+            module.KEYS, module.READ_WARPS = size, warps
+        try:
+            times = {str(t): median_ms(captured(_prefill_call(t)), 10) for t in (2048, 32768)}
+        except Exception as error:  # more shared memory or registers than there are
+            print(what, size, warps, str(error).splitlines()[:1], flush=True)
+            continue
+        found.append({"cut": what, "size": size, "warps": warps, "ms": times})
         print(found[-1], flush=True)
+    module.STATE_BLOCK, module.STATE_WARPS, module.KEYS, module.READ_WARPS = kept
     return found
 
 
@@ -161,7 +298,7 @@ def _attention_time(attention_step: Any, batch: int, dtype: torch.dtype) -> tupl
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("sweep", "layer"))
+    parser.add_argument("question", choices=("sweep", "layer", "tilings", "prefill", "prefill_tilings"))
     parser.add_argument("--shape", default="1b", choices=tuple(SHAPES))
     parser.add_argument("--out", type=Path, help="copy the result there")
     arguments = parser.parse_args()
@@ -170,7 +307,7 @@ def main() -> None:
     if arguments.question == "sweep":
         figures["sweep"] = sweep(SHAPES[arguments.shape])
     else:
-        figures["layer"] = layer()
+        figures[arguments.question] = globals()[arguments.question]()
     name = f"gpu_{arguments.question}" + (f"_{arguments.shape}" if arguments.question == "sweep" else "")
     path = report.write(name, report.command("python -m benchmarks.gpu"), figures)
     if arguments.out:

@@ -13,6 +13,8 @@ One program takes one KV head of one row, and BV of its values.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -40,7 +42,6 @@ _GATES = {
 }
 _LARGEST = 16384  # elements of a tile of state or window that one program holds
 _NO_RECURRENCE = tl.constexpr(6)
-BLOCK_V, BLOCK_H, WARPS = 64, 32, 4  # where heads alone fill a GPU: little is held at once
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _attention_step(
     G, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr,
     GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr, KEY_FROM_GATE: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BREST: tl.constexpr,
-    BLOCKS: tl.constexpr, HALF_BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCKS: tl.constexpr, HALF_BLOCKS: tl.constexpr, MATRIX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     row, group = head // G, head % G
@@ -217,10 +218,10 @@ def _attention_step(
                 before_CV = tl.load(state_CV + c_V[None, :], inside_CV, 0.0).to(tl.float32)
             after_CV = before_CV * alpha_C[:, None] + write_C[:, None] * v_V.to(tl.float32)[None, :]
             tl.store(state_CV + c_V[None, :], after_CV.to(state_ptr.dtype.element_ty), inside_CV)
-            if BLOCKS == 1:  # in three parts on the matrix units: float32's accuracy, and the shortest way
+            if MATRIX:  # in three parts on the matrix units: float32's accuracy, and the shortest way
                 out_RV = near_RV + tl.dot(q_RC, after_CV, input_precision="tf32x3")
                 tl.store(out_R1 + c_V[None, :], out_RV.to(kind), in_R[:, None] & in_V[None, :])
-            else:  # too narrow for the matrix units to pay: those parts would fill the registers
+            else:  # where those parts would fill the registers
                 for r in tl.static_range(R):
                     q_C = tl.sum(tl.where(r_R[:, None] == r, q_RC, 0.0), 0)
                     near_V = tl.sum(tl.where(r_R[:, None] == r, near_RV, 0.0), 0)
@@ -259,18 +260,17 @@ def attention_step(
         x if x[0].is_contiguous() else x.contiguous() for x in (q_BGRK, k_BGK, v_BGV, gate_key_BGK)
     )
     out_BGRV = torch.empty((batch, groups, queries, width), dtype=q_BGRK.dtype, device=q_BGRK.device)
-    block_v, blocks = _value_blocks(batch * groups, width)
-    block_h = _block(rotary // 2) if blocks == 1 else min(BLOCK_H, _block(rotary // 2))
-    launcher(_attention_step, q_BGRK)[(batch * groups, triton.cdiv(width, block_v * blocks))](
+    tile = tiling(batch * groups, width, rotary)
+    launcher(_attention_step, q_BGRK)[(batch * groups, triton.cdiv(width, tile.values * tile.blocks))](
         q_BGRK, k_BGK, v_BGV, gate_key_BGK, length_B, recurrent_BGKV, ring_k_BGWK, ring_v_BGWV, cos_SK, sin_SK,
         out_BGRV,
         q_BGRK.stride(0), k_BGK.stride(0), v_BGV.stride(0), gate_key_BGK.stride(0),
         normalizer, lower_bound, recurrent_weight, window_weight, scale,
         groups, R=queries, K=dim, V=width, W=slots, ROTARY=rotary,
         GATE=_GATES[structure], SCALAR=row.width == "scalar", SOFTMAX=softmax_map, KEY_FROM_GATE=row.key_from_gate,
-        BR=_block(queries), BK=_block(dim), BV=block_v, BW=_block(slots), BH=block_h,
-        BREST=_block(dim - rotary), BLOCKS=blocks, HALF_BLOCKS=triton.cdiv(rotary // 2, block_h),
-        OVERLAP=overlaps(), num_warps=WARPS,
+        BR=_block(queries), BK=_block(dim), BV=tile.values, BW=_block(slots), BH=tile.half,
+        BREST=_block(dim - rotary), BLOCKS=tile.blocks, HALF_BLOCKS=triton.cdiv(rotary // 2, tile.half),
+        MATRIX=tile.matrix, OVERLAP=overlaps(), num_warps=tile.warps,
     )  # fmt: skip
     return out_BGRV
 
@@ -280,15 +280,28 @@ def _block(size: int) -> int:
     return int(max(16, triton.next_power_of_2(max(size, 1))))
 
 
-def _value_blocks(heads: int, width: int) -> tuple[int, int]:
-    """(values of one block, blocks of one program): all of a head's where heads alone fill a GPU, else a part."""
+class Tiling(NamedTuple):
+    """What one program takes: `blocks` times `values` of a head's values; rotary halves by `half` channels.
+
+    `matrix`: the state is read on the matrix units.
+    """
+
+    values: int
+    blocks: int
+    half: int
+    warps: int
+    matrix: bool
+
+
+def tiling(heads: int, width: int, rotary: int) -> Tiling:
+    """All of a head's values where heads alone fill a GPU, else a part. Measured: `benchmarks/gpu.py tilings`."""
+    values, half = _block(width), _block(rotary // 2)
     if not isinstance(heads, int) or heads >= 128:  # a symbol in a graph for any number of rows
-        block = min(BLOCK_V, _block(width))
-        return block, int(triton.cdiv(width, block))
-    block = _block(width)
-    while block > 16 and heads * triton.cdiv(width, block) < 128:
-        block //= 2
-    return block, 1
+        values = min(64, values)
+        return Tiling(values, int(triton.cdiv(width, values)), min(32, half), 4, False)
+    while values > 16 and heads * triton.cdiv(width, values) < 128:
+        values //= 2
+    return Tiling(values, 1, half, 4, True)
 
 
 def supports(config: LigerConfig, head_dim: int) -> bool:
