@@ -177,17 +177,22 @@ def tilings() -> list[dict[str, Any]]:
         timed = []
         for way in ways:
             module.tiling = lambda *_, way=way: way  # type: ignore[misc]
-            try:
-                ms, size = _attention_time(module.attention_step, batch, dtype)
-            except Exception as error:  # more shared memory or registers than there are
-                print(way, str(error).splitlines()[:1], flush=True)
-                continue
-            timed.append((ms * 1e3, size / ms / 1e6, way))
+            if result := _unless_too_large(_attention_time, module.attention_step, batch, dtype):
+                timed.append((result[0] * 1e3, result[1] / result[0] / 1e6, way))
         for us, gb_s, way in sorted(timed)[:5]:
             found.append({"batch": batch, "state": str(dtype), "us": us, "gb_s": gb_s, "tiling": way})
             print(found[-1], flush=True)
     module.tiling = kept
     return found
+
+
+def _unless_too_large(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call returns; None, and a line, where a kernel wants more shared memory or registers than there are."""
+    try:
+        return call(*arguments)
+    except Exception as error:
+        print(str(error).splitlines()[:1], flush=True)
+        return None
 
 
 LENGTHS = (2048, 8192, 32768, 131072)
@@ -255,44 +260,38 @@ def prefill_tilings() -> list[dict[str, Any]]:
     from liger_deploy.model.kernels import attention_prefill as module
 
     found = []
-    ways = [("STATE", b, w) for b, w in itertools.product((16, 32, 64, 128), (2, 4, 8))]
-    ways += [("READ", j, w) for j, w in itertools.product((16, 32, 64), (4, 8))]
-    kept = module.STATE_BLOCK, module.STATE_WARPS, module.KEYS, module.READ_WARPS
-    for what, size, warps in ways:
-        module.STATE_BLOCK, module.STATE_WARPS, module.KEYS, module.READ_WARPS = kept
-        if what == "STATE":
-            module.STATE_BLOCK, module.STATE_WARPS = size, warps
-        else:
-            module.KEYS, module.READ_WARPS = size, warps
-        try:
-            times = {str(t): median_ms(captured(_prefill_call(t)), 10) for t in (2048, 32768)}
-        except Exception as error:  # more shared memory or registers than there are
-            print(what, size, warps, str(error).splitlines()[:1], flush=True)
+    names = ("KEYS", "WRITE_WARPS", "READ_WARPS", "SCAN")
+    kept = {name: getattr(module, name) for name in names}
+    ways: list[dict[str, int]] = [
+        {},
+        {"WRITE_WARPS": 4},
+        {"READ_WARPS": 4},
+        {"KEYS": 16},
+        {"KEYS": 64},
+        {"SCAN": 512},
+        {"SCAN": 2048},
+    ]
+    for way in ways:
+        for name in names:
+            setattr(module, name, way.get(name, kept[name]))
+        times = _unless_too_large(lambda: {t: median_ms(captured(_prefill_call(t)), 10) for t in (2048, 32768)})
+        if times is None:
             continue
-        found.append({"cut": what, "size": size, "warps": warps, "ms": times})
+        found.append({"cut": way, "ms": times, "kernels_us": _kernel_times(_prefill_call(32768))})
         print(found[-1], flush=True)
-    module.STATE_BLOCK, module.STATE_WARPS, module.KEYS, module.READ_WARPS = kept
+    for name in names:
+        setattr(module, name, kept[name])
     return found
 
 
-def _attention_time(attention_step: Any, batch: int, dtype: torch.dtype) -> tuple[float, int]:
-    """Milliseconds of a call, and the bytes that it must move: state in and out, window in, rows of q, k, v and out."""
-    g, r, d, w = 8, 4, 128, 64
-    sets = max(1, min(8, 512 // batch))
-    wide = torch.randn(batch, (r + 2) * g * d, device="cuda").bfloat16()
-    q, k, v = wide.split([r * g * d, g * d, g * d], 1)
-    q, k, v = q.unflatten(1, (g, r, d)), k.unflatten(1, (g, d)), v.unflatten(1, (g, d))
-    states = [torch.randn(batch, g, d, d, device="cuda").to(dtype) for _ in range(sets)]
-    rings = [[torch.randn(batch, g, w, d, device="cuda").bfloat16() for _ in range(2)] for _ in range(sets)]
-    rope = [torch.randn(w + 1, d, device="cuda") for _ in range(2)]
-    length = torch.full((batch,), 1000, device="cuda")
-
-    def run() -> None:
-        for state, ring in zip(states, rings, strict=True):
-            attention_step(q, k, v, k, length, state, *ring, *rope, "gla", True, 16.0, 0.0, 0.5, 0.5, d**-0.5)
-
-    size = batch * g * (2 * d * d * states[0].element_size() + 2 * w * d * 2) + wide.nbytes + q.nbytes
-    return median_ms(captured(run)) / sets, size
+def _kernel_times(call: Callable[[], Any]) -> dict[str, float]:
+    """Microseconds of each kernel of a call."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return {e.key: round(e.self_device_time_total, 1) for e in profile.key_averages() if e.self_device_time_total}
 
 
 def main() -> None:

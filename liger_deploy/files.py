@@ -65,6 +65,8 @@ def _disk_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"no space left on the disk of {target}: free some, or write elsewhere") from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"{target} came into being meanwhile: another process writes there too") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
             raise UserError(f"cannot write {target}: {error.strerror}") from error
         raise

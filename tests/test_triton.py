@@ -191,7 +191,9 @@ class Hopper:  # what the compiler asks of a GPU, where there is none
 
 triton.runtime.driver.set_active(Hopper())
 from torch._higher_order_ops import triton_kernel_wrap as wrap
-from liger_deploy.model.kernels.attention_prefill import _prefill_keep, _prefill_read, _prefill_states
+from liger_deploy.model.kernels.attention_prefill import (
+    _prefill_keep, _prefill_read, _prefill_scan, _prefill_write,
+)
 from liger_deploy.model.kernels.attention_step import _attention_step
 from liger_deploy.model.kernels.linear_step import _linear_step
 
@@ -208,22 +210,23 @@ attention = dict(
     ring_k_ptr=ring, ring_v_ptr=ring.clone(), cos_ptr=state, sin_ptr=state, out_ptr=heads, q_row=32, k_row=32, v_row=32,
     gate_row=32, normalizer=16.0, lower_bound=0.0, recurrent_weight=0.5, window_weight=0.5, scale=0.25, G=2, R=1, K=16,
     V=16, W=16, ROTARY=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, BR=16, BK=16, BV=16, BW=16, BH=16,
-    BREST=16, BLOCKS=1, HALF_BLOCKS=1, OVERLAP=True,
+    BREST=16, BLOCKS=1, HALF_BLOCKS=1, MATRIX=True, OVERLAP=True,
 )
 strides = {f"{name}_{part}": 32 for name in "qkv" for part in ("batch", "row")} | dict(gate_batch=32, gate_row=32)
 shape = dict(K=16, V=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, C=64, BK=16, BV=16, G=2, N=1)
-names = "q k v gate length valid state before ring_k ring_v cos sin out".split()
+names = "q k v gate length valid state before writes total prefix key ring_k ring_v cos sin out".split()
 whole = dict(
     {f"{name}_ptr": half(2, 16, 16) for name in names}, **strides, **shape, normalizer=16.0, lower_bound=0.0, T=64,
     W=16, recurrent_weight=0.5, window_weight=0.5, scale=0.25, R=1, ROTARY=16, S=16, J=16, BR=1, BH=16, BREST=16, BW=16,
-    BC=16,
+    BC=16, E=256, A=4, RECURS=True,
 )
-whole |= dict(state_ptr=torch.empty(2, 16, 16), length_ptr=torch.zeros(1).long(), valid_ptr=torch.zeros(1).long())
+whole |= {f"{name}_ptr": torch.empty(2, 16, 16) for name in "state writes total prefix".split()}
+whole |= dict(length_ptr=torch.zeros(1).long(), valid_ptr=torch.zeros(1).long())
 
 def taken(kernel):
     return {name: whole[name] for name in kernel.arg_names}
 
-prefill = [(kernel, taken(kernel)) for kernel in (_prefill_states, _prefill_read, _prefill_keep)]
+prefill = [(kernel, taken(kernel)) for kernel in (_prefill_write, _prefill_scan, _prefill_read, _prefill_keep)]
 for kernel, arguments in ((_linear_step, linear), (_attention_step, attention), *prefill):
     found = wrap.identify_accessed_tensors(kernel, arguments, {})
     print(*sorted(write.name for write in found.read_writes.writes))
@@ -236,7 +239,7 @@ def test_torch_sees_what_the_kernels_write() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", ANALYSIS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:5] == [
+    assert done.stdout.split("\n")[:6] == [
         "out_ptr", "out_ptr ring_k_ptr ring_v_ptr state_ptr",
-        "before_ptr state_ptr", "out_ptr", "ring_k_ptr ring_v_ptr",
+        "key_ptr prefix_ptr total_ptr writes_ptr", "before_ptr state_ptr", "out_ptr", "ring_k_ptr ring_v_ptr",
     ]  # fmt: skip

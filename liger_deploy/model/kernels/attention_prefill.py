@@ -1,15 +1,17 @@
-"""`liger::attention_prefill`: `attention_step` for T tokens at once, chunk by chunk, in three kernels.
+"""`liger::attention_prefill`: `attention_step` for T tokens at once, chunk by chunk, in four kernels.
 
-    states   the recurrent state before every chunk of C tokens, one program a head going through the chunks
-    read     all of a chunk's outputs; S tokens of one KV head and its query heads a program
+    write    what each chunk of C tokens writes into the state, its decays and its keys; chunks in parallel
+    scan     the recurrent state before every chunk; state elements in parallel
+    read     all outputs; S tokens of one KV head and its query heads a program
     keep     the last W keys and values go into the ring
 
 With b_i the sum of log-decays from the chunk's start to token i (inclusive), a token reads
 
     q_i e^{b_i} state  +  sum over j <= i of (q_i . k_j e^{b_i - b_j}) v_j        (arXiv 2503.01496, Eq. 7, unrolled)
 
-No exponent is ever positive, whatever the gate: tokens of earlier sub-chunks meet at the start of the row's own
-sub-chunk (q_i e^{b_i - b_start} and k_j e^{b_start - b_j}), those of its own are decayed pair by pair.
+No exponent of two tokens far apart is ever positive, whatever the gate: they meet at the start of the later one's
+sub-chunk of S tokens. Inside a sub-chunk the two factors may be large and small, which float32 bears while the decays
+there sum to less than SAFE; where a gate forgets more than that, they are taken pair by pair.
 
 Shape legend: B rows, T tokens, G KV heads, R query heads per KV head, K key dim, V value dim, W window, N chunks,
 C tokens of a chunk, S tokens of a sub-chunk, X = R * S rows of queries, J keys of a block.
@@ -27,7 +29,6 @@ from liger_deploy.gates import STRUCTURES
 from liger_deploy.model.kernels import launcher
 from liger_deploy.model.kernels.attention_step import (
     _GATES,
-    _NO_RECURRENCE,
     _block,
     _dot,
     _halves,
@@ -39,6 +40,7 @@ from liger_deploy.model.mixer import Heads, LayerState, Mixer
 from liger_deploy.model.window import Rope
 
 CHUNK, SUB, KEYS = 64, 16, 32  # C, S, J
+SAFE = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -63,50 +65,71 @@ def _writes(rows_T1, c_C, in_C, in_TC, g_TC, SOFTMAX: tl.constexpr, KEY_FROM_GAT
 
 
 @triton.jit
-def _prefill_states(
-    k_ptr, v_ptr, gate_ptr, valid_ptr, state_ptr, before_ptr,
+def _prefill_write(
+    k_ptr, v_ptr, gate_ptr, valid_ptr, writes_ptr, total_ptr, prefix_ptr, key_ptr,
     k_batch, k_row, v_batch, v_row, gate_batch, gate_row, normalizer, lower_bound, G, N,
     K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr,
-    KEY_FROM_GATE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEY_FROM_GATE: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
+    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, group = head // G, head % G
     kind: tl.constexpr = k_ptr.dtype.element_ty
-    c_C, c_V, t_T = tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, C).to(tl.int64)
-    in_C, in_V = c_C < K, c_V < V
+    c_C, c_V, i_T = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
+    in_C, in_V, t_T = c_C < K, c_V < V, n * C + i_T
     normalizer, lower_bound = tl.cast(normalizer, tl.float32), tl.cast(lower_bound, tl.float32)
-    valid = tl.load(valid_ptr + row)
-    at_CV, inside_CV = c_C[:, None] * V + c_V[None, :], in_C[:, None] & in_V[None, :]
-    s_CV = tl.load(state_ptr + head * K * V + at_CV, inside_CV, 0.0)
-    k_ptr += row * k_batch + group * K
-    v_ptr += row * v_batch + group * V
-    gate_ptr += row * gate_batch + group * K
-    for n in range(N):
-        tl.store(before_ptr + (head * N + n) * K * V + at_CV, s_CV.to(before_ptr.dtype.element_ty), inside_CV)
-        in_T = t_T < valid
-        in_TC = in_T[:, None] & in_C[None, :]
-        rows_T1 = gate_ptr + t_T[:, None] * gate_row
-        g_TC = _gates(rows_T1, c_C, in_TC, group.to(tl.float32), normalizer, lower_bound, K, GATE, SCALAR)
-        w_TC = _writes(k_ptr + t_T[:, None] * k_row, c_C, in_C, in_TC, g_TC, SOFTMAX, KEY_FROM_GATE)
-        w_TC *= tl.exp(tl.cumsum(g_TC, 0, reverse=True) - g_TC)
-        v_TV = tl.load(v_ptr + t_T[:, None] * v_row + c_V[None, :], in_T[:, None] & in_V[None, :], 0.0)
-        s_CV *= tl.exp(tl.sum(g_TC, 0))[:, None]
-        if tl.float32 == kind:
-            s_CV += tl.dot(tl.trans(w_TC), v_TV, input_precision="ieee")
-        else:  # a 16-bit value is exact in tf32
-            s_CV += tl.dot(tl.trans(w_TC), v_TV.to(tl.float32), input_precision="tf32")
-        t_T += C
-    tl.store(state_ptr + head * K * V + at_CV, s_CV, inside_CV)
+    in_T = t_T < tl.load(valid_ptr + row)
+    in_TC = in_T[:, None] & in_C[None, :]
+    gate_T1 = gate_ptr + row * gate_batch + t_T[:, None] * gate_row + group * K
+    k_T1 = k_ptr + row * k_batch + t_T[:, None] * k_row + group * K
+    g_TC = _gates(gate_T1, c_C, in_TC, group.to(tl.float32), normalizer, lower_bound, K, GATE, SCALAR)
+    w_TC = _writes(k_T1, c_C, in_C, in_TC, g_TC, SOFTMAX, KEY_FROM_GATE)
+    # Sums of log-decays as products with 0 and 1: quicker than a scan, and no small sum is a difference of large ones.
+    before_TT = (i_T[None, :] <= i_T[:, None]) & (i_T[None, :] // S == i_T[:, None] // S)
+    prefix_TC = tl.dot(before_TT.to(tl.float32), g_TC, input_precision="tf32x3")
+    suffix_TC = tl.dot((i_T[None, :] > i_T[:, None]).to(tl.float32), g_TC, input_precision="tf32x3")
+    at_TC = ((head * N + n) * C + i_T[:, None]) * K + c_C[None, :]
+    tl.store(prefix_ptr + at_TC, prefix_TC, in_C[None, :])
+    tl.store(key_ptr + at_TC, w_TC.to(kind), in_C[None, :])
+    tl.store(total_ptr + (head * N + n) * K + c_C, tl.sum(g_TC, 0), in_C)
+    v_TV = tl.load(
+        v_ptr + row * v_batch + t_T[:, None] * v_row + group * V + c_V[None, :], in_T[:, None] & in_V[None, :], 0.0
+    )
+    w_TC *= tl.exp(suffix_TC)
+    if tl.float32 == kind:
+        writes_CV = tl.dot(tl.trans(w_TC), v_TV, input_precision="ieee")
+    else:  # a 16-bit value is exact in tf32
+        writes_CV = tl.dot(tl.trans(w_TC), v_TV.to(tl.float32), input_precision="tf32")
+    at_CV = (head * N + n) * K * V + c_C[:, None] * V + c_V[None, :]
+    tl.store(writes_ptr + at_CV, writes_CV, in_C[:, None] & in_V[None, :])
+
+
+@triton.jit
+def _prefill_scan(
+    writes_ptr, total_ptr, state_ptr, before_ptr, N, K: tl.constexpr, V: tl.constexpr, E: tl.constexpr, A: tl.constexpr
+):
+    """E elements of one head's state, A chunks asked for at once."""
+    head = tl.program_id(0).to(tl.int64)
+    e_E = tl.program_id(1) * E + tl.arange(0, E)
+    in_E = e_E < K * V
+    s_E = tl.load(state_ptr + head * K * V + e_E, in_E, 0.0)
+    for start in range(0, N, A):
+        for i in tl.static_range(A):
+            n = head * N + start + i
+            there = in_E & (start + i < N)
+            decay_E = tl.exp(tl.load(total_ptr + n * K + e_E // V, there, 0.0))
+            writes_E = tl.load(writes_ptr + n * K * V + e_E, there, 0.0)
+            tl.store(before_ptr + n * K * V + e_E, s_E.to(before_ptr.dtype.element_ty), there)
+            s_E = s_E * decay_E + writes_E
+    tl.store(state_ptr + head * K * V + e_E, s_E, in_E)
 
 
 @triton.jit
 def _prefill_read(
-    q_ptr, k_ptr, v_ptr, gate_ptr, length_ptr, valid_ptr, before_ptr, ring_k_ptr, ring_v_ptr, cos_ptr, sin_ptr, out_ptr,
-    q_batch, q_row, k_batch, k_row, v_batch, v_row, gate_batch, gate_row,
-    normalizer, lower_bound, recurrent_weight, window_weight, scale, G, N, T,
+    q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, before_ptr, prefix_ptr, key_ptr,
+    ring_k_ptr, ring_v_ptr, cos_ptr, sin_ptr, out_ptr, q_batch, q_row, k_batch, k_row, v_batch, v_row,
+    recurrent_weight, window_weight, scale, G, N, T,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr,
-    GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr, KEY_FROM_GATE: tl.constexpr,
-    C: tl.constexpr, S: tl.constexpr, J: tl.constexpr,
+    RECURS: tl.constexpr, SOFTMAX: tl.constexpr, C: tl.constexpr, S: tl.constexpr, J: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, BREST: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -118,14 +141,12 @@ def _prefill_read(
     c_C, c_V, i_S, x_X = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, S), tl.arange(0, BR * S)
     in_C, in_V, i_X, r_X = c_C < K, c_V < V, x_X % S, x_X // S
     in_X = (r_X < R) & (first + i_X < T)
-    normalizer, lower_bound = tl.cast(normalizer, tl.float32), tl.cast(lower_bound, tl.float32)
     recurrent_weight, window_weight = tl.cast(recurrent_weight, tl.float32), tl.cast(window_weight, tl.float32)
     scale = tl.cast(scale, tl.float32)
     length, valid = tl.load(length_ptr + row), tl.load(valid_ptr + row)
     query_X1 = q_ptr + row * q_batch + (first + i_X[:, None]) * q_row + (group * R + r_X[:, None]) * K
     k_ptr += row * k_batch + group * K
     v_ptr += row * v_batch + group * V
-    gate_ptr += row * gate_batch + group * K
 
     # The window: key number u of W + S stands at u, the query at W + i.
     h_H, rest_C = tl.arange(0, BH), ROTARY + tl.arange(0, BREST)
@@ -174,41 +195,54 @@ def _prefill_read(
         top_X = newer_X
     out_XV = near_XV * (window_weight / tl.maximum(total_X, 1e-30))[:, None]
 
-    if GATE != _NO_RECURRENCE:
-        t_T = chunk * C + tl.arange(0, C)
-        in_T, in_S = (t_T < first) & (t_T < valid), first + i_S < valid
-        in_TC, in_SC = in_T[:, None] & in_C[None, :], in_S[:, None] & in_C[None, :]
-        which = group.to(tl.float32)
-        gate_T1, gate_S1 = gate_ptr + t_T[:, None] * gate_row, gate_ptr + (first + i_S[:, None]) * gate_row
-        g_TC = _gates(gate_T1, c_C, in_TC, which, normalizer, lower_bound, K, GATE, SCALAR)
-        g_SC = _gates(gate_S1, c_C, in_SC, which, normalizer, lower_bound, K, GATE, SCALAR)
-        w_TC = _writes(k_ptr + t_T[:, None] * k_row, c_C, in_C, in_TC, g_TC, SOFTMAX, KEY_FROM_GATE)
-        w_SC = _writes(k_ptr + (first + i_S[:, None]) * k_row, c_C, in_C, in_SC, g_SC, SOFTMAX, KEY_FROM_GATE)
-        b_SC = tl.cumsum(g_SC, 0)
+    if RECURS:
+        at_SC = (head * N * C + first + i_S[:, None]) * K + c_C[None, :]
+        b_SC = tl.load(prefix_ptr + at_SC, in_C[None, :], 0.0)
+        w_SC = tl.load(key_ptr + at_SC, in_C[None, :], 0.0).to(tl.float32)
+        own_V = v_ptr + (first + i_S[:, None]) * v_row + c_V[None, :]
+        v_SV = tl.load(own_V, (first + i_S < valid)[:, None] & in_V[None, :], 0.0).to(tl.float32)
         q_XC = tl.load(query_X1 + c_C[None, :], in_X[:, None] & in_C[None, :], 0.0).to(tl.float32)
         q_RSC = tl.reshape(_phi(q_XC, in_C, SOFTMAX) * recurrent_weight, [BR, S, BK])
         q_XC = tl.reshape(q_RSC * tl.exp(b_SC)[None, :, :], [BR * S, BK])
 
-        # What the state held, and what this chunk's earlier sub-chunks wrote.
+        # What its own tokens wrote.
+        if tl.min(b_SC) > -SAFE:
+            w_own_SC = w_SC * tl.exp(-b_SC)
+            if tl.float32 == kind:
+                scores_XS = tl.dot(q_XC, tl.trans(w_own_SC), input_precision="ieee")
+            else:
+                scores_XS = tl.dot(q_XC, tl.trans(w_own_SC), input_precision="tf32")
+            scores_XS = tl.where(i_S[None, :] <= i_X[:, None], scores_XS, 0.0)
+        else:
+            scores_RSS = tl.zeros([BR, S, S], tl.float32)
+            for j in range(S):
+                mine_SC = (i_S == j)[:, None]
+                w_C, b_C = tl.sum(tl.where(mine_SC, w_SC, 0.0), 0), tl.sum(tl.where(mine_SC, b_SC, 0.0), 0)
+                pair_SC = tl.exp(tl.minimum(b_SC - b_C[None, :], 0.0)) * w_C[None, :]
+                pair_SC = tl.where((i_S >= j)[:, None], pair_SC, 0.0)
+                scores_RS = tl.sum(q_RSC * pair_SC[None, :, :], 2)
+                scores_RSS += tl.where((i_S == j)[None, None, :], scores_RS[:, :, None], 0.0)
+            scores_XS = tl.reshape(scores_RSS, [BR * S, S])
+        out_XV += _dot(scores_XS, v_SV, kind)
+
+        # What the chunk's earlier sub-chunks wrote, going back; `between`: the decays from there to these rows' start.
+        between_C = tl.zeros([BK], tl.float32)
+        for back in range(1, (first - chunk * C) // S + 1):
+            from_ = first - back * S
+            earlier_SC = at_SC - back * S * K
+            b_SC = tl.load(prefix_ptr + earlier_SC, in_C[None, :], 0.0)
+            w_SC = tl.load(key_ptr + earlier_SC, in_C[None, :], 0.0).to(tl.float32)
+            all_C = tl.load(prefix_ptr + (head * N * C + from_ + S - 1) * K + c_C, in_C, 0.0)
+            w_SC *= tl.exp(all_C[None, :] - b_SC + between_C[None, :])
+            in_SV = (from_ + i_S < valid)[:, None] & in_V[None, :]
+            v_SV = tl.load(v_ptr + (from_ + i_S[:, None]) * v_row + c_V[None, :], in_SV, 0.0).to(tl.float32)
+            out_XV += _dot(_dot(q_XC, tl.trans(w_SC), kind), v_SV, kind)
+            between_C += all_C
+
+        # What the state held.
         before_CV = before_ptr + (head * N + chunk) * K * V + c_C[:, None] * V + c_V[None, :]
         s_CV = tl.load(before_CV, in_C[:, None] & in_V[None, :], 0.0)
-        out_XV += _dot(q_XC * tl.exp(tl.sum(g_TC, 0))[None, :], s_CV.to(tl.float32), kind)
-        w_TC *= tl.exp(tl.cumsum(g_TC, 0, reverse=True) - g_TC)
-        scores_XT = _dot(q_XC, tl.trans(w_TC), kind)
-        v_TV = tl.load(v_ptr + t_T[:, None] * v_row + c_V[None, :], in_T[:, None] & in_V[None, :], 0.0)
-        out_XV += _dot(scores_XT, v_TV.to(tl.float32), kind)
-
-        # What its own tokens wrote, pair by pair.
-        scores_RSS = tl.zeros([BR, S, S], tl.float32)
-        for j in range(S):
-            mine_SC = (i_S == j)[:, None]
-            w_C, b_C = tl.sum(tl.where(mine_SC, w_SC, 0.0), 0), tl.sum(tl.where(mine_SC, b_SC, 0.0), 0)
-            pair_SC = tl.where((i_S >= j)[:, None], tl.exp(tl.minimum(b_SC - b_C[None, :], 0.0)) * w_C[None, :], 0.0)
-            scores_RS = tl.sum(q_RSC * pair_SC[None, :, :], 2)
-            scores_RSS += tl.where((i_S == j)[None, None, :], scores_RS[:, :, None], 0.0)
-        own_V = v_ptr + (first + i_S[:, None]) * v_row + c_V[None, :]
-        v_SV = tl.load(own_V, in_S[:, None] & in_V[None, :], 0.0)
-        out_XV += _dot(tl.reshape(scores_RSS, [BR * S, S]), v_SV.to(tl.float32), kind)
+        out_XV += _dot(q_XC * tl.exp(between_C)[None, :], s_CV.to(tl.float32), kind)
 
     out_X1 = out_ptr + (((row * T + first + i_X[:, None]) * G + group) * R + r_X[:, None]) * V
     tl.store(out_X1 + c_V[None, :], out_XV.to(kind), in_X[:, None] & in_V[None, :])
@@ -264,23 +298,29 @@ def attention_prefill(
     strides = [x.stride(i) for x in (k, v, gate) for i in (0, 1)]
     out = torch.empty((batch, tokens, groups, queries, width), dtype=q.dtype, device=q.device)
     chunks, heads, recurs = triton.cdiv(tokens, CHUNK), batch * groups, row.width != "none"
-    gates = {
-        "GATE": _GATES[structure], "SCALAR": row.width == "scalar", "SOFTMAX": softmax_map,
-        "KEY_FROM_GATE": row.key_from_gate, "K": dim, "V": width, "C": CHUNK, "BK": _block(dim),
-    }  # fmt: skip
-    before = torch.empty((batch, groups, chunks, dim, width) if recurs else (1,), dtype=q.dtype, device=q.device)
+    shape = {"K": dim, "V": width, "C": CHUNK, "S": SUB, "BK": _block(dim), "BV": _block(width), "SOFTMAX": softmax_map}
+
+    def scratch(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((batch, groups, chunks, *sizes) if recurs else (1,), dtype=dtype, device=q.device)
+
+    before, keys = scratch(dim, width, dtype=q.dtype), scratch(CHUNK, dim, dtype=q.dtype)
+    prefix = scratch(CHUNK, dim)
     if recurs:
-        block = min(STATE_BLOCK, _block(width))
-        launcher(_prefill_states, q)[(heads, triton.cdiv(width, block))](
-            k, v, gate, valid_B, recurrent_BGKV, before, *strides, normalizer, lower_bound, groups, chunks,
-            BV=block, num_warps=STATE_WARPS, **gates,
+        writes, total = scratch(dim, width), scratch(dim)
+        launcher(_prefill_write, q)[(chunks, heads)](
+            k, v, gate, valid_B, writes, total, prefix, keys, *strides, normalizer, lower_bound, groups, chunks,
+            GATE=_GATES[structure], SCALAR=row.width == "scalar", KEY_FROM_GATE=row.key_from_gate,
+            num_warps=WRITE_WARPS, **shape,
         )  # fmt: skip
+        elements = min(SCAN, int(triton.next_power_of_2(dim * width)))
+        launcher(_prefill_scan, q)[(heads, triton.cdiv(dim * width, elements))](
+            writes, total, recurrent_BGKV, before, chunks, K=dim, V=width, E=elements, A=4, num_warps=4
+        )
     launcher(_prefill_read, q)[(triton.cdiv(tokens, SUB), heads)](
-        q, k, v, gate, length_B, valid_B, before, ring_k_BGWK, ring_v_BGWV, cos_SK, sin_SK, out,
-        q.stride(0), q.stride(1), *strides,
-        normalizer, lower_bound, recurrent_weight, window_weight, scale, groups, chunks, tokens,
-        R=queries, W=slots, ROTARY=rotary, S=SUB, J=KEYS, BR=triton.next_power_of_2(queries), BV=_block(width),
-        BH=_block(rotary // 2), BREST=_block(dim - rotary), num_warps=READ_WARPS, **gates,
+        q, k, v, length_B, valid_B, before, prefix, keys, ring_k_BGWK, ring_v_BGWV, cos_SK, sin_SK, out,
+        q.stride(0), q.stride(1), *strides[:4], recurrent_weight, window_weight, scale, groups, chunks, tokens,
+        R=queries, W=slots, ROTARY=rotary, RECURS=recurs, J=KEYS, BR=triton.next_power_of_2(queries),
+        BH=_block(rotary // 2), BREST=_block(dim - rotary), num_warps=READ_WARPS, **shape,
     )  # fmt: skip
     block = min(16, _block(slots))
     launcher(_prefill_keep, q)[(heads, triton.cdiv(slots, block))](
@@ -290,7 +330,7 @@ def attention_prefill(
     return out
 
 
-STATE_BLOCK, STATE_WARPS, READ_WARPS = 32, 4, 8  # measured: benchmarks/gpu.py prefill
+WRITE_WARPS, READ_WARPS, SCAN = 8, 8, 1024  # measured: benchmarks/gpu.py prefill_tilings
 
 
 def tokens_on_ring(
