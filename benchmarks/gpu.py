@@ -168,15 +168,12 @@ def tilings() -> list[dict[str, Any]]:
     from liger_deploy.model.kernels import attention_step as module
 
     found, kept = [], module.tiling
-    ways = [
-        module.Tiling(values, blocks, half, warps, matrix)
-        for values, blocks in ((128, 1), (64, 1), (64, 2), (32, 1), (32, 4), (32, 2), (16, 8), (16, 4))
-        for half, warps, matrix in itertools.product((32,), (2, 4, 8), (False, True))
-    ]
+    cuts = ((32, 4, 2), (64, 2, 4), (16, 8, 2), (32, 4, 1), (32, 2, 2))
+    ways = [module.Tiling(v, b, 32, warps, False, stages) for v, b, warps in cuts for stages in (1, 2, 3)]
     for batch, dtype in itertools.product((256, 64), (torch.float32,)):
         timed = []
         for way in ways:
-            module.tiling = lambda *_, way=way: way  # type: ignore[misc]
+            module.tiling = functools.partial(_always, way)  # type: ignore[assignment]
             if result := _unless_too_large(_attention_time, module.attention_step, batch, dtype):
                 timed.append((result[0] * 1e3, result[1] / result[0] / 1e6, way))
         for us, gb_s, way in sorted(timed)[:5]:
@@ -184,6 +181,10 @@ def tilings() -> list[dict[str, Any]]:
             print(found[-1], flush=True)
     module.tiling = kept
     return found
+
+
+def _always(value: Any, *_: Any) -> Any:
+    return value
 
 
 def _unless_too_large(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -274,10 +275,12 @@ def prefill_tilings() -> list[dict[str, Any]]:
     for way in ways:
         for name in names:
             setattr(module, name, way.get(name, kept[name]))
-        times = _unless_too_large(lambda: {t: median_ms(captured(_prefill_call(t)), 10) for t in (2048, 32768)})
-        if times is None:
+        calls = {tokens: _prefill_call(tokens) for tokens in (2048, 32768)}
+        graphs = {tokens: _unless_too_large(captured, call) for tokens, call in calls.items()}
+        if None in graphs.values():
             continue
-        found.append({"cut": way, "ms": times, "kernels_us": _kernel_times(_prefill_call(32768))})
+        times = {tokens: median_ms(graph, 10) for tokens, graph in graphs.items()}
+        found.append({"cut": way, "ms": times, "kernels_us": _kernel_times(calls[32768])})
         print(found[-1], flush=True)
     for name in names:
         setattr(module, name, kept[name])
@@ -292,6 +295,26 @@ def _kernel_times(call: Callable[[], Any]) -> dict[str, float]:
         call()
         torch.cuda.synchronize()
     return {e.key: round(e.self_device_time_total, 1) for e in profile.key_averages() if e.self_device_time_total}
+
+
+def _attention_time(attention_step: Any, batch: int, dtype: torch.dtype) -> tuple[float, int]:
+    """Milliseconds of a call, and the bytes that it must move: state in and out, window in, rows of q, k, v and out."""
+    g, r, d, w = 8, 4, 128, 64
+    sets = max(1, min(8, 512 // batch))
+    wide = torch.randn(batch, (r + 2) * g * d, device="cuda").bfloat16()
+    q, k, v = wide.split([r * g * d, g * d, g * d], 1)
+    q, k, v = q.unflatten(1, (g, r, d)), k.unflatten(1, (g, d)), v.unflatten(1, (g, d))
+    states = [torch.randn(batch, g, d, d, device="cuda").to(dtype) for _ in range(sets)]
+    rings = [[torch.randn(batch, g, w, d, device="cuda").bfloat16() for _ in range(2)] for _ in range(sets)]
+    rope = [torch.randn(w + 1, d, device="cuda") for _ in range(2)]
+    length = torch.full((batch,), 1000, device="cuda")
+
+    def run() -> None:
+        for state, ring in zip(states, rings, strict=True):
+            attention_step(q, k, v, k, length, state, *ring, *rope, "gla", True, 16.0, 0.0, 0.5, 0.5, d**-0.5)
+
+    size = batch * g * (2 * d * d * states[0].element_size() + 2 * w * d * 2) + wide.nbytes + q.nbytes
+    return median_ms(captured(run)) / sets, size
 
 
 def main() -> None:

@@ -210,7 +210,7 @@ attention = dict(
     ring_k_ptr=ring, ring_v_ptr=ring.clone(), cos_ptr=state, sin_ptr=state, out_ptr=heads, q_row=32, k_row=32, v_row=32,
     gate_row=32, normalizer=16.0, lower_bound=0.0, recurrent_weight=0.5, window_weight=0.5, scale=0.25, G=2, R=1, K=16,
     V=16, W=16, ROTARY=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, BR=16, BK=16, BV=16, BW=16, BH=16,
-    BREST=16, BLOCKS=1, HALF_BLOCKS=1, MATRIX=True, OVERLAP=True,
+    BREST=16, BLOCKS=1, HALF_BLOCKS=1, MATRIX=True, STAGES=1, OVERLAP=True,
 )
 strides = {f"{name}_{part}": 32 for name in "qkv" for part in ("batch", "row")} | dict(gate_batch=32, gate_row=32)
 shape = dict(K=16, V=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, C=64, BK=16, BV=16, G=2, N=1)

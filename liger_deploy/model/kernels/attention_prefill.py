@@ -85,8 +85,13 @@ def _prefill_write(
     w_TC = _writes(k_T1, c_C, in_C, in_TC, g_TC, SOFTMAX, KEY_FROM_GATE)
     # Sums of log-decays as products with 0 and 1: quicker than a scan, and no small sum is a difference of large ones.
     before_TT = (i_T[None, :] <= i_T[:, None]) & (i_T[None, :] // S == i_T[:, None] // S)
-    prefix_TC = tl.dot(before_TT.to(tl.float32), g_TC, input_precision="tf32x3")
-    suffix_TC = tl.dot((i_T[None, :] > i_T[:, None]).to(tl.float32), g_TC, input_precision="tf32x3")
+    after_TT = i_T[None, :] > i_T[:, None]
+    if tl.float32 == kind:
+        prefix_TC = tl.dot(before_TT.to(tl.float32), g_TC, input_precision="tf32x3")
+        suffix_TC = tl.dot(after_TT.to(tl.float32), g_TC, input_precision="tf32x3")
+    else:  # the gate's key has fewer digits than tf32
+        prefix_TC = tl.dot(before_TT.to(tl.float32), g_TC, input_precision="tf32")
+        suffix_TC = tl.dot(after_TT.to(tl.float32), g_TC, input_precision="tf32")
     at_TC = ((head * N + n) * C + i_T[:, None]) * K + c_C[None, :]
     tl.store(prefix_ptr + at_TC, prefix_TC, in_C[None, :])
     tl.store(key_ptr + at_TC, w_TC.to(kind), in_C[None, :])
@@ -330,7 +335,7 @@ def attention_prefill(
     return out
 
 
-WRITE_WARPS, READ_WARPS, SCAN = 8, 8, 1024  # measured: benchmarks/gpu.py prefill_tilings
+WRITE_WARPS, READ_WARPS, SCAN = 8, 4, 1024  # measured: benchmarks/gpu.py prefill_tilings
 
 
 def tokens_on_ring(

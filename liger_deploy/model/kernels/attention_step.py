@@ -106,7 +106,8 @@ def _attention_step(
     G, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr,
     GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr, KEY_FROM_GATE: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BREST: tl.constexpr,
-    BLOCKS: tl.constexpr, HALF_BLOCKS: tl.constexpr, MATRIX: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCKS: tl.constexpr, HALF_BLOCKS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     row, group = head // G, head % G
@@ -198,7 +199,7 @@ def _attention_step(
 
         q_RC = _phi(q_RC.to(tl.float32), in_C, SOFTMAX) * recurrent_weight
 
-    for _ in range(BLOCKS):
+    for _ in tl.range(BLOCKS, num_stages=STAGES):
         in_V = c_V < V
         inside_CV = in_C[:, None] & in_V[None, :]
         if BLOCKS == 1:
@@ -270,7 +271,7 @@ def attention_step(
         GATE=_GATES[structure], SCALAR=row.width == "scalar", SOFTMAX=softmax_map, KEY_FROM_GATE=row.key_from_gate,
         BR=_block(queries), BK=_block(dim), BV=tile.values, BW=_block(slots), BH=tile.half,
         BREST=_block(dim - rotary), BLOCKS=tile.blocks, HALF_BLOCKS=triton.cdiv(rotary // 2, tile.half),
-        MATRIX=tile.matrix, OVERLAP=overlaps(), num_warps=tile.warps,
+        MATRIX=tile.matrix, STAGES=tile.stages, OVERLAP=overlaps(), num_warps=tile.warps,
     )  # fmt: skip
     return out_BGRV
 
@@ -283,7 +284,7 @@ def _block(size: int) -> int:
 class Tiling(NamedTuple):
     """What one program takes: `blocks` times `values` of a head's values; rotary halves by `half` channels.
 
-    `matrix`: the state is read on the matrix units.
+    `matrix`: the state is read on the matrix units. `stages`: blocks asked for ahead.
     """
 
     values: int
@@ -291,14 +292,15 @@ class Tiling(NamedTuple):
     half: int
     warps: int
     matrix: bool
+    stages: int = 1
 
 
 def tiling(heads: int, width: int, rotary: int) -> Tiling:
     """All of a head's values where heads alone fill a GPU, else a part. Measured: `benchmarks/gpu.py tilings`."""
     values, half = _block(width), _block(rotary // 2)
     if not isinstance(heads, int) or heads >= 128:  # a symbol in a graph for any number of rows
-        values = min(64, values)
-        return Tiling(values, int(triton.cdiv(width, values)), min(32, half), 4, False)
+        values = min(32, values)
+        return Tiling(values, int(triton.cdiv(width, values)), min(32, half), 2, False)
     while values > 16 and heads * triton.cdiv(width, values) < 128:
         values //= 2
     return Tiling(values, 1, half, 4, True)
