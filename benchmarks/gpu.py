@@ -169,7 +169,7 @@ def tilings() -> list[dict[str, Any]]:
 
     found, kept = [], module.tiling
     cuts = ((32, 4, 2), (64, 2, 4), (16, 8, 2), (32, 4, 1), (32, 2, 2))
-    ways = [module.Tiling(v, b, 32, warps, False, stages) for v, b, warps in cuts for stages in (1, 2, 3)]
+    ways = [module.Tiling(v, b, 32, warps, matrix) for v, b, warps in cuts for matrix in (False, True)]
     for batch, dtype in itertools.product((256, 64), (torch.float32,)):
         timed = []
         for way in ways:

@@ -52,7 +52,10 @@ def flags() -> list[str]:
 
 
 def read_bandwidth(threads: int, megabytes: int = 512) -> float:
-    """Bytes a second that `threads` threads read from memory: the best of several dot products far beyond the cache."""
+    """Bytes a second that `threads` threads read from memory: the best of several dot products far beyond the cache.
+
+    A runtime may read faster than this: numpy asks for less ahead.
+    """
     parts = np.array_split(np.ones(megabytes << 18, np.float32), threads)
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:

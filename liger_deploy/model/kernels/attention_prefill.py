@@ -40,7 +40,8 @@ from liger_deploy.model.mixer import Heads, LayerState, Mixer
 from liger_deploy.model.window import Rope
 
 CHUNK, SUB, KEYS = 64, 16, 32  # C, S, J
-SAFE = tl.constexpr(60.0)
+# Largest sum of decays in a sub-chunk that two factors bear: that of float32's range, and that of its last digits.
+SAFE, SAFE_EXACT = tl.constexpr(60.0), tl.constexpr(8.0)
 
 
 @triton.jit
@@ -65,8 +66,17 @@ def _writes(rows_T1, c_C, in_C, in_TC, g_TC, SOFTMAX: tl.constexpr, KEY_FROM_GAT
 
 
 @triton.jit
+def _sums(chosen_TT, g_TC, KIND: tl.constexpr):
+    """For each token, the sum of the chosen tokens' log-decays."""
+    if tl.float32 == KIND:
+        return tl.dot(chosen_TT.to(tl.float32), g_TC, input_precision="tf32x3")
+    else:  # the gate's key has fewer digits than tf32
+        return tl.dot(chosen_TT.to(tl.float32), g_TC, input_precision="tf32")
+
+
+@triton.jit
 def _prefill_write(
-    k_ptr, v_ptr, gate_ptr, valid_ptr, writes_ptr, total_ptr, prefix_ptr, key_ptr,
+    k_ptr, v_ptr, gate_ptr, valid_ptr, writes_ptr, total_ptr, prefix_ptr, key_ptr, faded_ptr,
     k_batch, k_row, v_batch, v_row, gate_batch, gate_row, normalizer, lower_bound, G, N,
     K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr,
     KEY_FROM_GATE: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -84,22 +94,19 @@ def _prefill_write(
     g_TC = _gates(gate_T1, c_C, in_TC, group.to(tl.float32), normalizer, lower_bound, K, GATE, SCALAR)
     w_TC = _writes(k_T1, c_C, in_C, in_TC, g_TC, SOFTMAX, KEY_FROM_GATE)
     # Sums of log-decays as products with 0 and 1: quicker than a scan, and no small sum is a difference of large ones.
-    before_TT = (i_T[None, :] <= i_T[:, None]) & (i_T[None, :] // S == i_T[:, None] // S)
-    after_TT = i_T[None, :] > i_T[:, None]
-    if tl.float32 == kind:
-        prefix_TC = tl.dot(before_TT.to(tl.float32), g_TC, input_precision="tf32x3")
-        suffix_TC = tl.dot(after_TT.to(tl.float32), g_TC, input_precision="tf32x3")
-    else:  # the gate's key has fewer digits than tf32
-        prefix_TC = tl.dot(before_TT.to(tl.float32), g_TC, input_precision="tf32")
-        suffix_TC = tl.dot(after_TT.to(tl.float32), g_TC, input_precision="tf32")
+    same_TT, after_TT = i_T[None, :] // S == i_T[:, None] // S, i_T[None, :] > i_T[:, None]
+    prefix_TC = _sums(same_TT & ~after_TT, g_TC, kind)
+    to_sub_end_TC = _sums(same_TT & after_TT, g_TC, kind)
+    to_end_TC = _sums(after_TT, g_TC, kind)
     at_TC = ((head * N + n) * C + i_T[:, None]) * K + c_C[None, :]
     tl.store(prefix_ptr + at_TC, prefix_TC, in_C[None, :])
     tl.store(key_ptr + at_TC, w_TC.to(kind), in_C[None, :])
+    tl.store(faded_ptr + at_TC, (w_TC * tl.exp(to_sub_end_TC)).to(kind), in_C[None, :])
     tl.store(total_ptr + (head * N + n) * K + c_C, tl.sum(g_TC, 0), in_C)
     v_TV = tl.load(
         v_ptr + row * v_batch + t_T[:, None] * v_row + group * V + c_V[None, :], in_T[:, None] & in_V[None, :], 0.0
     )
-    w_TC *= tl.exp(suffix_TC)
+    w_TC *= tl.exp(to_end_TC)
     if tl.float32 == kind:
         writes_CV = tl.dot(tl.trans(w_TC), v_TV, input_precision="ieee")
     else:  # a 16-bit value is exact in tf32
@@ -130,7 +137,7 @@ def _prefill_scan(
 
 @triton.jit
 def _prefill_read(
-    q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, before_ptr, prefix_ptr, key_ptr,
+    q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, before_ptr, prefix_ptr, key_ptr, faded_ptr,
     ring_k_ptr, ring_v_ptr, cos_ptr, sin_ptr, out_ptr, q_batch, q_row, k_batch, k_row, v_batch, v_row,
     recurrent_weight, window_weight, scale, G, N, T,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr,
@@ -211,7 +218,11 @@ def _prefill_read(
         q_XC = tl.reshape(q_RSC * tl.exp(b_SC)[None, :, :], [BR * S, BK])
 
         # What its own tokens wrote.
-        if tl.min(b_SC) > -SAFE:
+        if tl.float32 == kind:
+            small = tl.min(b_SC) > -SAFE_EXACT
+        else:
+            small = tl.min(b_SC) > -SAFE
+        if small:
             w_own_SC = w_SC * tl.exp(-b_SC)
             if tl.float32 == kind:
                 scores_XS = tl.dot(q_XC, tl.trans(w_own_SC), input_precision="ieee")
@@ -234,15 +245,12 @@ def _prefill_read(
         between_C = tl.zeros([BK], tl.float32)
         for back in range(1, (first - chunk * C) // S + 1):
             from_ = first - back * S
-            earlier_SC = at_SC - back * S * K
-            b_SC = tl.load(prefix_ptr + earlier_SC, in_C[None, :], 0.0)
-            w_SC = tl.load(key_ptr + earlier_SC, in_C[None, :], 0.0).to(tl.float32)
-            all_C = tl.load(prefix_ptr + (head * N * C + from_ + S - 1) * K + c_C, in_C, 0.0)
-            w_SC *= tl.exp(all_C[None, :] - b_SC + between_C[None, :])
+            w_SC = tl.load(faded_ptr + at_SC - back * S * K, in_C[None, :], 0.0).to(tl.float32)
+            w_SC *= tl.exp(between_C)[None, :]
             in_SV = (from_ + i_S < valid)[:, None] & in_V[None, :]
             v_SV = tl.load(v_ptr + (from_ + i_S[:, None]) * v_row + c_V[None, :], in_SV, 0.0).to(tl.float32)
             out_XV += _dot(_dot(q_XC, tl.trans(w_SC), kind), v_SV, kind)
-            between_C += all_C
+            between_C += tl.load(prefix_ptr + (head * N * C + from_ + S - 1) * K + c_C, in_C, 0.0)
 
         # What the state held.
         before_CV = before_ptr + (head * N + chunk) * K * V + c_C[:, None] * V + c_V[None, :]
@@ -308,12 +316,12 @@ def attention_prefill(
     def scratch(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty((batch, groups, chunks, *sizes) if recurs else (1,), dtype=dtype, device=q.device)
 
-    before, keys = scratch(dim, width, dtype=q.dtype), scratch(CHUNK, dim, dtype=q.dtype)
-    prefix = scratch(CHUNK, dim)
+    before, prefix = scratch(dim, width, dtype=q.dtype), scratch(CHUNK, dim)
+    keys, faded = (scratch(CHUNK, dim, dtype=q.dtype) for _ in range(2))
     if recurs:
         writes, total = scratch(dim, width), scratch(dim)
         launcher(_prefill_write, q)[(chunks, heads)](
-            k, v, gate, valid_B, writes, total, prefix, keys, *strides, normalizer, lower_bound, groups, chunks,
+            k, v, gate, valid_B, writes, total, prefix, keys, faded, *strides, normalizer, lower_bound, groups, chunks,
             GATE=_GATES[structure], SCALAR=row.width == "scalar", KEY_FROM_GATE=row.key_from_gate,
             num_warps=WRITE_WARPS, **shape,
         )  # fmt: skip
@@ -322,7 +330,7 @@ def attention_prefill(
             writes, total, recurrent_BGKV, before, chunks, K=dim, V=width, E=elements, A=4, num_warps=4
         )
     launcher(_prefill_read, q)[(triton.cdiv(tokens, SUB), heads)](
-        q, k, v, length_B, valid_B, before, prefix, keys, ring_k_BGWK, ring_v_BGWV, cos_SK, sin_SK, out,
+        q, k, v, length_B, valid_B, before, prefix, keys, faded, ring_k_BGWK, ring_v_BGWV, cos_SK, sin_SK, out,
         q.stride(0), q.stride(1), *strides[:4], recurrent_weight, window_weight, scale, groups, chunks, tokens,
         R=queries, W=slots, ROTARY=rotary, RECURS=recurs, J=KEYS, BR=triton.next_power_of_2(queries),
         BH=_block(rotary // 2), BREST=_block(dim - rotary), num_warps=READ_WARPS, **shape,
@@ -338,7 +346,7 @@ def attention_prefill(
 WRITE_WARPS, READ_WARPS, SCAN = 8, 4, 1024  # measured: benchmarks/gpu.py prefill_tilings
 
 
-def tokens_on_ring(
+def prefill_on_ring(
     mixer: Mixer,
     heads: Heads,
     rope: Rope,

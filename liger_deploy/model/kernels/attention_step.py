@@ -23,6 +23,7 @@ from torch.library import triton_op
 
 from liger_deploy.config import LigerConfig
 from liger_deploy.gates import STRUCTURES
+from liger_deploy.model import window
 from liger_deploy.model.kernels import launcher, overlaps, predecessor_done, start_followers
 from liger_deploy.model.lolcats import Lolcats
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
@@ -106,8 +107,7 @@ def _attention_step(
     G, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr,
     GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr, KEY_FROM_GATE: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BREST: tl.constexpr,
-    BLOCKS: tl.constexpr, HALF_BLOCKS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCKS: tl.constexpr, HALF_BLOCKS: tl.constexpr, MATRIX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     row, group = head // G, head % G
@@ -199,7 +199,7 @@ def _attention_step(
 
         q_RC = _phi(q_RC.to(tl.float32), in_C, SOFTMAX) * recurrent_weight
 
-    for _ in tl.range(BLOCKS, num_stages=STAGES):
+    for _ in range(BLOCKS):
         in_V = c_V < V
         inside_CV = in_C[:, None] & in_V[None, :]
         if BLOCKS == 1:
@@ -271,7 +271,7 @@ def attention_step(
         GATE=_GATES[structure], SCALAR=row.width == "scalar", SOFTMAX=softmax_map, KEY_FROM_GATE=row.key_from_gate,
         BR=_block(queries), BK=_block(dim), BV=tile.values, BW=_block(slots), BH=tile.half,
         BREST=_block(dim - rotary), BLOCKS=tile.blocks, HALF_BLOCKS=triton.cdiv(rotary // 2, tile.half),
-        MATRIX=tile.matrix, STAGES=tile.stages, OVERLAP=overlaps(), num_warps=tile.warps,
+        MATRIX=tile.matrix, OVERLAP=overlaps(), num_warps=tile.warps,
     )  # fmt: skip
     return out_BGRV
 
@@ -284,7 +284,7 @@ def _block(size: int) -> int:
 class Tiling(NamedTuple):
     """What one program takes: `blocks` times `values` of a head's values; rotary halves by `half` channels.
 
-    `matrix`: the state is read on the matrix units. `stages`: blocks asked for ahead.
+    `matrix`: the state is read on the matrix units.
     """
 
     values: int
@@ -292,7 +292,6 @@ class Tiling(NamedTuple):
     half: int
     warps: int
     matrix: bool
-    stages: int = 1
 
 
 def tiling(heads: int, width: int, rotary: int) -> Tiling:
@@ -331,3 +330,19 @@ def step_on_ring(
         config.recurrent_weight, config.window_weight, mixer.scaling,
     )  # fmt: skip
     return out_BGRV[:, None], layer
+
+
+def tokens_on_ring(
+    mixer: Mixer,
+    heads: Heads,
+    rope: Rope,
+    layer: LayerState,
+    length: Tensor,
+    valid: Tensor | None = None,
+    lolcats: Lolcats | None = None,
+) -> tuple[Tensor, LayerState]:
+    """`Mixer.after_state` over a state whose window is a ring, in PyTorch."""
+    assert valid is not None
+    straight = LayerState(layer.recurrent, *(window.from_ring(x, length) for x in (layer.window_k, layer.window_v)))
+    out, new = mixer.after_state(heads, rope, straight, length, valid, lolcats)
+    return out, LayerState(new.recurrent, *(window.to_ring(x, length + valid) for x in (new.window_k, new.window_v)))
