@@ -1,4 +1,5 @@
-"""liger-run against the Python session: one bundle, one prompt, the same steps, turn by turn in processes of their own.
+"""liger-run against the Python session on each runtime: one bundle, one prompt, the same steps, turn by turn in
+processes of their own.
 
 python -m benchmarks.native [--rounds N] [--steps N]        (after `make native`)
 """
@@ -26,8 +27,8 @@ RUN = report.ROOT / "liger_deploy" / "native" / "liger-run"
 PYTHON = """
 import json, statistics, sys, time
 from liger_deploy.bundle import Bundle
-from liger_deploy.runtimes.onnx import OnnxSession
-session = OnnxSession(Bundle.open(sys.argv[1]), threads=1)
+from liger_deploy.runtimes import load_session
+session = load_session(Bundle.open(sys.argv[1]), threads=1)
 logits, times = session.prefill([json.loads(sys.argv[2])]), []
 for _ in range(int(sys.argv[3])):
     token, start = int(logits.argmax()), time.perf_counter()
@@ -43,7 +44,7 @@ def timed(words: list[str]) -> dict[str, Any]:
     variables = {**os.environ, "LIGER_ONNXRUNTIME": str(runtime), "LIGER_ORT_OPS": str(OPS)}
     begin = time.perf_counter()
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=variables)
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | {"seconds": time.perf_counter() - begin}
 
 
@@ -54,24 +55,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
     steps, prompt = str(arguments.steps), list(range(40, 140))
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = str(ld.export_bundle(None, "onnx", Path(folder) / "b").path)
-        programs = {
-            "liger-run": [str(RUN), bundle, "--tokens", " ".join(map(str, prompt)), "--threads", "1", "--bench"],
-            "Python": [sys.executable, "-c", PYTHON, bundle, json.dumps(prompt)],
+    targets, all_rounds = {}, {}
+    for target in ("onnx", "executorch", "inductor"):
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = str(ld.export_bundle(None, target, Path(folder) / "b").path)
+            programs = {
+                "liger-run": [str(RUN), bundle, "--tokens", " ".join(map(str, prompt)), "--threads", "1", "--bench"],
+                "Python": [sys.executable, "-c", PYTHON, bundle, json.dumps(prompt)],
+            }
+            rounds = [
+                {name: timed([*words, steps]) for name, words in programs.items()} for _ in range(arguments.rounds)
+            ]
+            starts = [{name: timed([*words, "2"])["seconds"] for name, words in programs.items()} for _ in range(5)]
+        ratio = statistics.median(
+            one["Python"]["step_ms_median"] / one["liger-run"]["step_ms_median"] for one in rounds
+        )
+        targets[target] = {"python_over_native": ratio} | {
+            name: {
+                "step_ms": statistics.median(one[name]["step_ms_median"] for one in rounds),
+                "start_s": statistics.median(one[name] for one in starts),
+            }
+            for name in programs
         }
-        rounds = [{name: timed([*words, steps]) for name, words in programs.items()} for _ in range(arguments.rounds)]
-        starts = [{name: timed([*words, "2"])["seconds"] for name, words in programs.items()} for _ in range(5)]
-    figures = {
-        name: {
-            "step_ms": statistics.median(one[name]["step_ms_median"] for one in rounds),
-            "start_s": statistics.median(one[name] for one in starts),
-        }
-        for name in programs
-    }
-    ratio = statistics.median(one["Python"]["step_ms_median"] / one["liger-run"]["step_ms_median"] for one in rounds)
-    sizes = {path.name: path.stat().st_size for path in (RUN, OPS)}
-    everything = {"runtimes": figures, "python_over_native": ratio, "bytes": sizes, "rounds": rounds}
+        all_rounds[target] = rounds
+    sizes = {path.name: path.stat().st_size for path in (RUN, *sorted(RUN.parent.glob("*.so")))}
+    everything = {"targets": targets, "bytes": sizes, "rounds": all_rounds}
     report.write("native", f"python -m benchmarks.native --rounds {arguments.rounds} --steps {steps}", everything)
 
 

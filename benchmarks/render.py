@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.report import RESULTS, ROOT
+from liger_deploy.bench import report
 from liger_deploy.config import LigerConfig
 from liger_deploy.gates import STRUCTURES
 from liger_deploy.state import ModelShape, StateSpec
@@ -102,48 +103,90 @@ def quant() -> str:
     return "\n".join([head, "|---|---|---|---|---|---|---|", *lines, "", f"{note} {source}"])
 
 
-def cpu_peers() -> str:
-    """A row a runtime, a column a depth: milliseconds a token; then prefill and memory."""
-    f, source = _result("cpu_peers")
-    runtimes = list(dict.fromkeys(row["runtime"] for row in f["rows"]))
-    contexts = sorted({row["context"] for row in f["rows"]})
-    at = {(row["runtime"], row["context"]): row for row in f["rows"]}
-    head = f"| 4 bits, 2 threads | {' | '.join(f'{c:,}' for c in contexts)} | prefill, tokens/s | resident |"
-    lines = []
-    for name in runtimes:
-        times = " | ".join(f"{at[name, c]['ms_a_token']:.1f} ms" for c in contexts)
-        first, last = at[name, contexts[1]], at[name, contexts[-1]]
-        rates = f"{first['prefill_tokens_per_second']:.0f} to {last['prefill_tokens_per_second']:.0f}"
-        lines.append(f"| {name} | {times} | {rates} | {last['resident_mb']:.0f} MB |")
-    against = runtimes[2]
-    ratios = " | ".join(f"{at[against, c]['ms_a_token'] / at[runtimes[0], c]['ms_a_token']:.2f}" for c in contexts)
-    speed = [
-        at[runtimes[0], c]["prefill_tokens_per_second"] / at[against, c]["prefill_tokens_per_second"] for c in contexts
-    ]
-    memory = at[against, contexts[-1]]["resident_mb"] / at[runtimes[0], contexts[-1]]["resident_mb"]
-    lines.append(f"| *liger over {against}* | {ratios} | {speed[1]:.2f} to {speed[-1]:.2f} | {memory:.1f} |")
+def depth_tiny() -> str:
+    """The embedded model on every runtime."""
+    return _depth("tiny", "The embedded model, float32.")
+
+
+def depth_291m() -> str:
+    """A small model on every runtime and beside its peers."""
+    return _depth("291m", "291 million parameters, random weights.")
+
+
+def _depth(name: str, what: str) -> str:
+    """A row a subject, a column a depth: milliseconds a token; then time to the first token, prefill and memory."""
+    f, source = _result(f"depth_{name}")
+    source = re.sub("`.*?`", f"`python -m benchmarks.depth {name}`", source, count=1)
+    depths = " | ".join(f"{c:,}" for c in f["contexts"])
+    head = f"| ms a token at depth | {depths} | first token | prefill, tokens/s | resident | files |"
+    lines = [f"| {' | '.join([*row[:-3], row[-2]])} |" for row in report.rows(f)]
+    loop = f["reference_loop_s"]
     note = (
-        "Time a token at each depth of context; prefill up to the second depth and up to the last; resident memory at "
-        "the last. 291 million parameters, random weights, batch 1, turns of 8 tokens."
+        f"{what} {f['threads']} threads, batch 1. First token: of a prompt of {f['contexts'][0]} tokens. "
+        "Prefill: up to the first and the last depth. Resident: at the last. A fixed loop beside the steps took "
+        f"{loop['p10'] * 1e3:.1f} to {loop['p90'] * 1e3:.1f} ms (10th to 90th percentile): the machine's noise."
     )
-    return "\n".join([head, "|---" * (len(contexts) + 3) + "|", *lines, "", f"{note} {source}"])
+    return "\n".join([head, "|---" * (len(f["contexts"]) + 5) + "|", *lines, "", f"{note} {source}"])
 
 
-def cpu_executorch() -> str:
-    """ONNX Runtime and ExecuTorch at 4 bits: a row a runtime and number of threads."""
-    f, source = _result("cpu_executorch")
-    contexts = sorted({row["context"] for row in f["rows"]})
-    names = {"liger": "ONNX Runtime", "liger, ExecuTorch": "ExecuTorch"}
-    rows = {(row["threads"], row["runtime"], row["context"]): row for row in f["rows"]}
-    head = f"| 4 bits | threads | {' | '.join(f'{c:,}' for c in contexts)} | prefill, tokens/s | resident |"
+def depth_ratios() -> str:
+    """Ours at 4 bits against each peer, by depth."""
+    f, source = _result("depth_291m")
+    at = {one["label"]: [d["step_ms"]["median"] for d in one["depths"]] for one in f["subjects"]}
+    ours = at["liger, onnx int4"]
+    head = f"| time of a token over `liger, onnx int4` | {' | '.join(f'{c:,}' for c in f['contexts'])} |"
+    lines = [
+        f"| {name} | {' | '.join(f'{a / b:.2f}' for a, b in zip(times, ours, strict=True))} |"
+        for name, times in at.items()
+        if not name.startswith("liger") or name == "liger, executorch int4"
+    ]
+    return "\n".join([head, "|---" * (len(ours) + 1) + "|", *lines, "", re.sub("`.*?`, ", "", source, count=1)])
+
+
+def gpu_prefill() -> str:
+    """One layer's prefill kernel beside flash-linear-attention and softmax attention."""
+    f, source = _result("gpu_prefill")
+    rows = f["prefill"]
+    lengths = " | ".join(f"{row['tokens']:,}" for row in rows)
+    head = f"| one layer, 32 heads of 128, bfloat16 | {lengths} |"
+    names = {
+        "ms": "`liger::attention_prefill`, window included",
+        "fla_ms": "flash-linear-attention `chunk_gla`, the recurrence alone",
+        "sdpa_ms": "causal scaled_dot_product_attention",
+    }
+    lines = [f"| {name} | {' | '.join(f'{r[key]:.2f} ms' for r in rows)} |" for key, name in names.items()]
+    return "\n".join([head, "|---" * (len(rows) + 1) + "|", *lines, "", source])
+
+
+def gpu_layer() -> str:
+    """One layer's step kernel by batch."""
+    f, source = _result("gpu_layer")
+    copy = f["bandwidth"]["copy_gb_s"]
+    head = (
+        "| rows | state | `liger::attention_step` | of copy bandwidth | `fused_recurrent_gla`, the recurrence alone |"
+    )
     lines = []
-    for threads, name in dict.fromkeys((row["threads"], row["runtime"]) for row in f["rows"]):
-        found = [rows[threads, name, c] for c in contexts]
-        times = " | ".join(f"{row['ms_a_token']:.1f} ms" for row in found)
-        rate, memory = found[-1]["prefill_tokens_per_second"], found[-1]["resident_mb"]
-        lines.append(f"| {names[name]} | {threads} | {times} | {rate:.0f} | {memory:.0f} MB |")
-    note = "Time a token at each depth; prefill up to the last. 291 million parameters, random weights, batch 1."
-    return "\n".join([head, "|---" * (len(contexts) + 4) + "|", *lines, "", f"{note} {source}"])
+    for r in f["layer"]:
+        ours = f"{r['us']:.1f} us | {r['gb_s'] / copy:.0%}"
+        lines.append(f"| {r['batch']} | {r['state'].removeprefix('torch.')} | {ours} | {r['fla_us']:.1f} us |")
+    note = "One Llama-3-8B layer: 8 key and value heads, 32 query heads, window 64 and mix included."
+    return "\n".join([head, "|---|---|---|---|---|", *lines, "", f"{note} {source}"])
+
+
+def gpu_check() -> str:
+    """The CUDA package's worst row in each table."""
+    f, source = _result("gpu_check")
+    lines = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        rows = f["check"][dtype]
+        passed = sum(row[2] for row in rows.values())
+        key = "logits of 64 steps" if dtype == "float32" else "mean divergence (KL, nats a token)"
+        lines.append(f"| {dtype} | {passed} of {len(rows)} | {key}: {rows[key][0]:.1e} |")
+    moved = "equal" if f["check"]["tokens_of_a_moved_state_equal"] else "different"
+    note = f"Greedy tokens of a state that went from the GPU to the CPU and back: {moved}."
+    return "\n".join(
+        ["| CUDA package, embedded model | checks that pass | |", "|---|---|---|", *lines, "", f"{note} {source}"]
+    )
 
 
 def gpu_step() -> str:
@@ -166,13 +209,15 @@ def gpu_step() -> str:
 
 
 def native() -> str:
-    """liger-run and the Python session."""
+    """liger-run and the Python session on each runtime."""
     f, source = _result("native")
-    lines = [f"| {name} | {row['step_ms']:.3f} ms | {row['start_s']:.2f} s |" for name, row in f["runtimes"].items()]
+    lines = []
+    for target, row in f["targets"].items():
+        cells = [f"{row[name]['step_ms']:.3f} ms | {row[name]['start_s']:.2f} s" for name in ("liger-run", "Python")]
+        lines.append(f"| {target} | {' | '.join(cells)} | {row['python_over_native']:.2f} |")
     sizes = ", ".join(f"`{name}` {size / 1000:.0f} kB" for name, size in f["bytes"].items())
-    note = f"Python's step takes {f['python_over_native']:.2f} times as long, side by side. {sizes}."
-    head = "| embedded model, ONNX Runtime, one thread | a step | start to second token |"
-    return "\n".join([head, "|---|---|---|", *lines, "", f"{note} {source}"])
+    head = "| embedded model, one thread | a step | start to second token | Python: a step | start | step, ratio |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *lines, "", f"{sizes}. {source}"])
 
 
 def state() -> str:
@@ -256,9 +301,13 @@ TABLES: dict[str, Callable[[], str]] = {
         tiny,
         demo,
         quant,
-        cpu_peers,
-        cpu_executorch,
+        depth_tiny,
+        depth_291m,
+        depth_ratios,
         gpu_step,
+        gpu_prefill,
+        gpu_layer,
+        gpu_check,
         native,
         drift,
         memory_1b,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -113,6 +114,8 @@ def _check_parity(path: Path) -> None:
         raise UserError(f"{path} has no parity.json: {again}")
     try:
         rows = json.loads(report.read_text(encoding="utf-8"))
+        if not isinstance(rows, list):
+            raise TypeError
         failed = [row["check"] for row in rows if not row["passed"]]
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{report} is not a parity table: {again}") from None
@@ -172,12 +175,13 @@ def measure(found: Sequence[Entry], plan: Plan, vocab: int, base_bytes: float) -
 
 
 def _first_token(worker: Worker, plan: Plan) -> float:
-    """Seconds from a prompt of the first context to its logits, warm: the second of two."""
-    for _ in range(2):
-        seconds: float = worker.ask("prefill", plan.contexts[0])["seconds"][0]
+    """Seconds from a prompt of the first context to its logits, warm: the median of five after one."""
+    seconds = []
+    for _ in range(6):
+        seconds.append(worker.ask("prefill", plan.contexts[0])["seconds"][0])
         worker.ask("steps", 2)
         worker.ask("reset")
-    return seconds
+    return statistics.median(seconds[1:])
 
 
 def _at(

@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import liger_deploy as ld
+from liger_deploy.__main__ import main
 from liger_deploy.bundle import Manifest, write_manifest
 from liger_deploy.export import EMBEDDED
 
@@ -117,3 +118,22 @@ def relisted(bundle: Path, change: Callable[[Manifest], Manifest] = lambda manif
     (bundle / "manifest.json").unlink()
     write_manifest(bundle, manifest)
     return bundle
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line; expect exit code 2 and one line on stderr; return it."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            code = exit_.code  # type: ignore[assignment]
+        output = capsys.readouterr()
+        assert code == 2, output
+        assert output.out == ""
+        assert output.err.count("\n") == 1, output.err
+        return output.err
+
+    return run

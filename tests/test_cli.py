@@ -25,25 +25,6 @@ from tests.test_attention import LLAMA3_ROPE
 
 
 @pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command line; expect exit code 2 and one line on stderr; return it."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            code = exit_.code  # type: ignore[assignment]
-        output = capsys.readouterr()
-        assert code == 2, output
-        assert output.out == ""
-        assert output.err.count("\n") == 1, output.err
-        return output.err
-
-    return run
-
-
-@pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A checkpoint as they come: sharded, bfloat16, tied, scaled RoPE, GQA, explicit head_dim."""
     model = small_llama(tie_word_embeddings=True, head_dim=32, rope_parameters=LLAMA3_ROPE)

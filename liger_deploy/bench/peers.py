@@ -77,7 +77,10 @@ def prepare(name: str, base: Path, folder: Path, python: str) -> Path:
 
 
 def _run(command: list[str], out: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    except OSError as error:
+        raise UserError(f"{out.name} could not be made: {error}") from None
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise UserError(f"{out.name} could not be made: {reason[0]}")
