@@ -25,7 +25,11 @@ def run(verb: str, summary: str, add_arguments: Add, do: Do, argv: Sequence[str]
     """Parse `argv` (None: the process's own) and run a verb. Bad input prints one line on stderr and returns 2."""
     parser = _Parser(prog=f"liger-deploy {verb}", description=summary)
     add_arguments(parser)
-    arguments = parser.parse_args(argv)
+    return carry_out(verb, do, parser.parse_args(argv))
+
+
+def carry_out(verb: str, do: Do, arguments: argparse.Namespace) -> int:
+    """Run a verb whose arguments are parsed; fails as `run` does."""
     _silence_dependencies()
     try:
         return do(arguments)

@@ -275,3 +275,19 @@ def test_a_save_of_a_model_in_memory_loads_again(tmp_path: Path) -> None:
     assert relative(loaded(tokens).logits, model(tokens).logits) == 0
     with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:
         assert all("rope" not in name for name in file.keys())  # noqa: SIM118
+
+
+def test_optimum_has_the_verb(tmp_path: Path) -> None:
+    """`optimum-cli export liger`, found where optimum looks for commands."""
+    program = Path(sys.executable).with_name("optimum-cli")
+    out = tmp_path / "b"
+    done = subprocess.run(
+        [program, "export", "liger", "--target", "onnx", "--out", out], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert ld.load_session(out).manifest.target == "onnx"
+    again = subprocess.run(
+        [program, "export", "liger", "--target", "onnx", "--out", out], capture_output=True, text=True
+    )
+    assert again.returncode == 2
+    assert again.stderr.endswith("already exists: give another --out, or remove it first\n")

@@ -47,7 +47,7 @@ class OurBundle:
         self.session.reset()
 
     def cache_bytes(self, depth: int) -> int:
-        return sum(tensor.nbytes for tensor in self.session.spec.zeros(1).values())
+        return self.session.spec.nbytes()
 
 
 class LlamaCpp:
