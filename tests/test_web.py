@@ -1,4 +1,4 @@
-"""The browser page in headless Chromium: the embedded model's text and tokens are Python's, and states move both ways."""
+"""The browser page in headless Chromium: the embedded model's text and tokens are Python's, and its states move."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_the_page(page: Any, tiny_bundle: Path, tmp_path: Path) -> None:
     other = ld.load_session(tiny_bundle)
     other.load_state(ld.State.load(file))
     following = text.encode(" and")[1:]
-    assert list(generate(other, following, 20)) == (rest := list(generate(session, following, 20)))
+    rest = list(generate(session, following, 20))
+    assert list(generate(other, following, 20)) == rest
     page("reset").click()
     session.step([rest[-1]])
     session.state().save(tmp_path / "python.safetensors")
