@@ -176,7 +176,7 @@ def measure(found: Sequence[Entry], plan: Plan, vocab: int, base_bytes: float) -
 
 def _first_token(worker: Worker, plan: Plan) -> float:
     """Seconds from a prompt of the first context to its logits, warm: the median of five after one."""
-    seconds = []
+    seconds: list[float] = []
     for _ in range(6):
         seconds.append(worker.ask("prefill", plan.contexts[0])["seconds"][0])
         worker.ask("steps", 2)
