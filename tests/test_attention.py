@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import liger_deploy as ld
 from liger_deploy.errors import CheckpointError, ConfigError, SessionError
 from liger_deploy.gates import STRUCTURES
 from liger_deploy.model import reference, window
+from liger_deploy.model.attention import LigerAttention
 from liger_deploy.model.step import PrefillModel, StepModel
 from tests.conftest import liger, relative, small_llama
 from tests.tolerances import GRADIENT, MODEL, OP, SAME_FUNCTION
@@ -225,3 +227,29 @@ def test_unsupported_architecture_is_named() -> None:
 
     with pytest.raises(CheckpointError, match=r"'gpt2' is not supported; supported are .*llama"):
         ld.linearize(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_state_arrives_under_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers renamed it in 5.24. Under a third name a step would answer from no state: it raises instead."""
+    model = liger(small_llama())
+    step = StepModel(model).eval()
+    inputs = (torch.tensor([5]), *(torch.randn_like(x) if x.is_floating_point() else x + 9 for x in step.zeros(1)))
+    with torch.no_grad():
+        expected = step(*inputs)
+    forward = LigerAttention.forward
+
+    def renamed(self: LigerAttention, *arguments: Any, **named: Any) -> Any:
+        state = named.pop("past_key_values", None) or named.pop("cache", None)
+        return forward(self, *arguments, **{name: state}, **named)
+
+    def lost(self: LigerAttention, *arguments: Any, **named: Any) -> Any:
+        return forward(self, *arguments, **{k: v for k, v in named.items() if k not in ("past_key_values", "cache")})
+
+    with torch.no_grad():
+        monkeypatch.setattr(LigerAttention, "forward", renamed)
+        for ours, theirs in zip(step(*inputs), expected, strict=True):
+            assert torch.equal(ours, theirs)
+        monkeypatch.setattr(LigerAttention, "forward", lost)
+        with pytest.raises(ld.UserError, match="hands no state to attention layers"):
+            step(*inputs)

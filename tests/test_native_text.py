@@ -73,14 +73,19 @@ def trained(kind: str, vocab: int) -> Tokenizer:
     return tokenizer
 
 
+def with_tokenizer(kind: str, bundle: Path, copy: Path) -> Path:
+    """The bundle with a trained tokenizer of this kind; itself for "embedded"."""
+    if kind == "embedded":
+        return bundle
+    shutil.copytree(bundle, copy)
+    trained(kind, 2048).save(str(copy / "tokenizer.json"))
+    return relisted(copy)
+
+
 @pytest.mark.parametrize("kind", ["embedded", "gpt2", "llama3", "qwen"])
 def test_prompts_are_encoded_as_in_python(kind: str, tiny_bundle: Path, tmp_path: Path) -> None:
     """10,000 strings; ids back to bytes too."""
-    bundle = tiny_bundle
-    if kind != "embedded":
-        bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
-        trained(kind, 2048).save(str(bundle / "tokenizer.json"))
-        relisted(bundle)
+    bundle = with_tokenizer(kind, tiny_bundle, tmp_path / "b")
     text, given = Text(Bundle.open(bundle)), strings(10_000)
     found = probe("encode", bundle, stdin="".join(s + "\0" for s in given)).splitlines()
     assert len(found) == len(given)

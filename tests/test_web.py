@@ -19,9 +19,8 @@ import liger_deploy as ld
 from liger_deploy.bundle import Bundle
 from liger_deploy.generate import generate
 from liger_deploy.text import Text
-from tests.conftest import relisted
 from tests.native.programs import ROOT, ids
-from tests.test_native_text import strings, trained
+from tests.test_native_text import strings, with_tokenizer
 
 ORT = ROOT / "tests" / "node" / "node_modules" / "onnxruntime-web" / "dist"
 PROGRAMS = [shutil.which("chromium"), shutil.which("chromedriver")]
@@ -110,11 +109,7 @@ def test_the_page(page: Any, tiny_bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["embedded", "gpt2", "llama3", "qwen"])
 def test_prompts_are_encoded_as_in_python(kind: str, tiny_bundle: Path, tmp_path: Path) -> None:
     """2,000 strings in Node, whose regular expressions are the browser's."""
-    bundle = tiny_bundle
-    if kind != "embedded":
-        bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
-        trained(kind, 2048).save(str(bundle / "tokenizer.json"))
-        relisted(bundle)
+    bundle = with_tokenizer(kind, tiny_bundle, tmp_path / "b")
     given = random.Random(2).sample(strings(10_000), 2000)
     done = subprocess.run(
         ["node", ROOT / "tests" / "node" / "encode.mjs", bundle], input="\0".join(given), capture_output=True, text=True

@@ -6,10 +6,12 @@ The child answers a line of JSON to each line `prefill N`, `steps N` or `reset`:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,24 +32,26 @@ class Worker:
         root = str(Path(__file__).parents[2])
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         self.name = f"{kind} {path}"
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (closed by `close`)
         self.process = subprocess.Popen(
             [python, "-m", "liger_deploy.bench.worker", *words],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | variables,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=os.environ | variables,
         )  # fmt: skip
         self.loaded = self._answer()
 
     def ask(self, kind: str, count: int = 0) -> dict[str, Any]:
         """Seconds of each piece, and the resident set after it."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{kind} {count}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # the answer says why
+            self.process.stdin.write(f"{kind} {count}\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
         """End the process."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self._log.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -55,8 +59,10 @@ class Worker:
             if line.startswith("{"):  # some runtimes print
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        lines = self.process.communicate()[1].strip().splitlines() or ["it said nothing"]
-        raise UserError(f"{self.name} ended with code {self.process.returncode}: {lines[-1]}")
+        code = self.process.wait()
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines() or ["it said nothing"]
+        raise UserError(f"{self.name} ended with code {code}: {lines[-1]}")
 
 
 def serve(kind: str, path: Path, threads: int, device: str, most: int, vocab: int) -> None:

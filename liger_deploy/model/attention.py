@@ -40,17 +40,19 @@ class RopeTable:
 
 @dataclass
 class ModelState:
-    """All layers' state on its way through one forward, handed to Hugging Face's layers as `past_key_values`.
+    """All layers' state on its way through one forward, handed to Hugging Face's layers as their cache.
 
     Attributes:
         layers: read by each layer, and replaced by its next state.
         length: [B] int64, tokens seen before this call.
         valid: [B] int64, real tokens among the T given; None when all are (a step).
+        read: the layers that this call has come through.
     """
 
     layers: list[LayerState]
     length: Tensor
     valid: Tensor | None = None
+    read: set[int] = field(default_factory=set)
     is_compileable: bool = field(default=False, init=False)
     is_sliding: tuple[bool, ...] = field(default=(), init=False)
 
@@ -119,20 +121,23 @@ class LigerAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: ModelState | None = None,
+        cache: ModelState | None = None,
         segment_ids: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Called by the Hugging Face layer. hidden [B,T,D], attention_mask [B,T] bool (False: padding) or None.
 
         Without a state the T tokens are a whole sequence (or several, numbered from 1 by `segment_ids` [B,T], 0 being
-        padding); with one they continue it, and `past_key_values` holds the next state afterwards.
+        padding); with one they continue it, and it holds the next state afterwards. transformers hands it over as
+        `past_key_values` up to 5.23 and as `cache` from 5.24 on.
         """
+        state = past_key_values if cache is None else cache
         heads = self._project(hidden_states)
-        if past_key_values is None:
+        if state is None:
             segments = Segments.of(hidden_states, attention_mask, segment_ids)
             out = self._in_mode(heads, segments, position_embeddings)
-        elif isinstance(past_key_values, ModelState):
-            out = self._continue(heads, past_key_values)
+        elif isinstance(state, ModelState):
+            out = self._continue(heads, state)
         else:
             raise SessionError("a Liger model keeps no KV cache: pass use_cache=False, or decode through a Session")
         return self.o_proj(out.flatten(2).to(hidden_states.dtype)), None
@@ -144,6 +149,7 @@ class LigerAttention(nn.Module):
     def _continue(self, heads: Heads, state: ModelState) -> Tensor:
         """T tokens after a state, [B,T,G,R,V]; replaces this layer's state."""
         layer = state.layers[self.layer_idx]
+        state.read.add(self.layer_idx)
         rest = (layer, state.length, state.valid, self.lolcats)
         out, state.layers[self.layer_idx] = self.after_state(self.mixer, heads, self._rope, *rest)
         return out

@@ -9,6 +9,7 @@ Face's own forward: embeddings, norms, MLPs, logit scaling. Shape legend: B batc
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from liger_deploy.errors import SessionError
 from liger_deploy.model.attention import ModelState
 from liger_deploy.model.linearize import liger_config, model_shape, state_spec
 from liger_deploy.model.mixer import LayerState
@@ -49,9 +51,14 @@ class _Stateful(nn.Module):
 
     def _run(self, tokens_BT: Tensor, state: ModelState) -> Tensor:
         positions = torch.zeros(1, 1, dtype=torch.long, device=tokens_BT.device)
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         logits: Tensor = self.model(
-            input_ids=tokens_BT, position_ids=positions, past_key_values=state, use_cache=False
+            input_ids=tokens_BT, position_ids=positions, use_cache=False, **{name: state}
         ).logits
+        if len(state.read) != self.layers:  # an answer would come from no state at all
+            raise SessionError(
+                "this transformers hands no state to attention layers: install a version that is supported"
+            )
         return logits[:, 0].float()
 
 
