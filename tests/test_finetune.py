@@ -26,7 +26,6 @@ from liger_deploy.finetune import FinetuneOptions, finetune
 from liger_deploy.merge import merge
 from liger_deploy.model.linearize import load_base_model, softmax_attention
 from tests.conftest import TINY_BASE, liger, relative, small_llama
-from tests.test_cli import fails  # noqa: F401 (a fixture)
 from tests.tolerances import MERGED, SAME_FUNCTION
 
 QUICK = {"max_length": 64, "accumulation": 1, "batch": 2, "eval_steps": 4, "max_tokens": 12 * 128}
@@ -220,7 +219,7 @@ def test_evaluate_is_cross_entropy(tmp_path: Path) -> None:
             assert evaluate(path, str(tmp_path / "t.txt")) == pytest.approx(expected, rel=1e-5)
 
 
-def test_bad_input(base: Path, data: str, tmp_path: Path, fails: Callable[..., str]) -> None:  # noqa: F811
+def test_bad_input(base: Path, data: str, tmp_path: Path, fails: Callable[..., str]) -> None:
     call = ("finetune", "--model", base, "--data", data, "--out", tmp_path / "a")
     assert "already exists" in fails("finetune", "--model", base, "--data", data, "--out", tmp_path)
     assert "softmax-attention checkpoint" in fails(
@@ -252,7 +251,7 @@ def test_a_diverged_loss_stops(base: Path, data: str, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_resume_wants_the_same_run(base: Path, data: str, tmp_path: Path, fails: Callable[..., str]) -> None:  # noqa: F811
+def test_resume_wants_the_same_run(base: Path, data: str, tmp_path: Path, fails: Callable[..., str]) -> None:
     work = tmp_path / "a.training"
     work.mkdir()
     fingerprint = ld.EagerSession(ld.load_model(base)).manifest.model.fingerprint
@@ -262,7 +261,7 @@ def test_resume_wants_the_same_run(base: Path, data: str, tmp_path: Path, fails:
     assert "was begun with another" in fails(*call, "--resume")
 
 
-def test_merge_refuses(base: Path, data: str, tmp_path: Path, fails: Callable[..., str]) -> None:  # noqa: F811
+def test_merge_refuses(base: Path, data: str, tmp_path: Path, fails: Callable[..., str]) -> None:
     finetune(base, data, tmp_path / "a", options(max_tokens=128, eval_fraction=0.0))
     other = checkpoint(tmp_path / "other", "hgrn2")
     out = ("--out", tmp_path / "m")
