@@ -52,11 +52,16 @@ def classes() -> Iterator[tuple[int, int, int]]:
             yield first, last, wanted
 
 
-def table(name: str, kind: str, rows: Iterable[Iterable[int]]) -> str:
+def braced(value: int | Iterable[int]) -> str:
+    """A number or a list in C++."""
+    return f"{value:#x}" if isinstance(value, int) else "{" + ",".join(map(braced, value)) + "}"
+
+
+def table(name: str, kind: str, rows: Iterable[Iterable[int | Iterable[int]]]) -> str:
     """One C++ array, as many rows a line as fit."""
     lines, line = [f"constexpr {kind} {name}[] = {{"], "   "
     for row in rows:
-        cell = " {" + ",".join(f"{value:#x}" for value in row) + "},"
+        cell = f" {braced(row)},"
         if len(line) + len(cell) > 118:
             lines.append(line)
             line = "   "
@@ -83,7 +88,7 @@ def main() -> None:
         table("kLetters", "Range", ranges(p for p, kind in category.items() if kind == "L")),
         table("kNumbers", "Range", ranges(p for p, kind in category.items() if kind == "N")),
         table("kClasses", "Class", sorted(classes())),
-        table("kParts", "Parts", ((p, *to) for p, to in nfd.items() if to != [p])),
+        table("kParts", "Parts", ((p, to) for p, to in nfd.items() if to != [p])),
         table("kPairs", "Pair", sorted(compositions())),
         "",
         "}  // namespace liger::unicode",

@@ -51,37 +51,39 @@ Result<Logits> Session::run(const std::int64_t* tokens, std::int64_t width, cons
 
 Result<Logits> Session::prefill(const std::vector<std::int64_t>& tokens, std::int64_t rows,
                                 const std::vector<std::int64_t>& valid) {
-  if (auto ok = check(tokens, rows); !ok) return ok.error();
-  const auto width = static_cast<std::int64_t>(tokens.size()) / rows;
-  if (!valid.empty() && static_cast<std::int64_t>(valid.size()) != rows)
-    return Error{Code::token, "valid must be one number for each row"};
-  for (auto n : valid)
-    if (n < 1 || n > width) return Error{Code::token, "valid must lie between 1 and " + std::to_string(width)};
-  if (!rows_) {
-    if (auto ok = backend_->clear(rows); !ok) return ok.error();
-    rows_ = rows;
-  }
-  kept_.clear();
-  Logits last{};
-  for (std::int64_t start = 0; start < width; start += bundle_.chunk) {
-    const auto part = std::min(bundle_.chunk, width - start);
-    std::vector<std::int64_t> ids, left;
-    for (std::int64_t row = 0; row < rows; ++row) {
-      ids.insert(ids.end(), tokens.begin() + row * width + start, tokens.begin() + row * width + start + part);
-      const auto all = valid.empty() ? width : valid[static_cast<std::size_t>(row)];
-      left.push_back(std::clamp(all - start, std::int64_t{0}, part));
+  return guarded<Logits>(Code::runtime, "liger", [&]() -> Result<Logits> {
+    if (auto ok = check(tokens, rows); !ok) return ok.error();
+    const auto width = static_cast<std::int64_t>(tokens.size()) / rows;
+    if (!valid.empty() && static_cast<std::int64_t>(valid.size()) != rows)
+      return Error{Code::token, "valid must be one number for each row"};
+    for (auto n : valid)
+      if (n < 1 || n > width) return Error{Code::token, "valid must lie between 1 and " + std::to_string(width)};
+    if (!rows_) {
+      if (auto ok = backend_->clear(rows); !ok) return ok.error();
+      rows_ = rows;
     }
-    if (std::all_of(left.begin(), left.end(), [](auto n) { return n == 0; })) break;
-    auto logits = run(ids.data(), part, left.data());
-    if (!logits) return logits.error();
-    last = *logits;
-    if (rows == 1) continue;
-    kept_.resize(static_cast<std::size_t>(rows * bundle_.vocab));
-    for (std::int64_t row = 0; row < rows; ++row)
-      if (left[static_cast<std::size_t>(row)])
-        std::copy_n(last.row(row), bundle_.vocab, kept_.begin() + row * bundle_.vocab);
-  }
-  return rows == 1 ? last : Logits{kept_.data(), rows, bundle_.vocab};
+    kept_.clear();
+    Logits last{};
+    for (std::int64_t start = 0; start < width; start += bundle_.chunk) {
+      const auto part = std::min(bundle_.chunk, width - start);
+      std::vector<std::int64_t> ids, left;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        ids.insert(ids.end(), tokens.begin() + row * width + start, tokens.begin() + row * width + start + part);
+        const auto all = valid.empty() ? width : valid[static_cast<std::size_t>(row)];
+        left.push_back(std::clamp(all - start, std::int64_t{0}, part));
+      }
+      if (std::all_of(left.begin(), left.end(), [](auto n) { return n == 0; })) break;
+      auto logits = run(ids.data(), part, left.data());
+      if (!logits) return logits.error();
+      last = *logits;
+      if (rows == 1) continue;
+      kept_.resize(static_cast<std::size_t>(rows * bundle_.vocab));
+      for (std::int64_t row = 0; row < rows; ++row)
+        if (left[static_cast<std::size_t>(row)])
+          std::copy_n(last.row(row), bundle_.vocab, kept_.begin() + row * bundle_.vocab);
+    }
+    return rows == 1 ? last : Logits{kept_.data(), rows, bundle_.vocab};
+  });
 }
 
 Result<Logits> Session::step(const std::vector<std::int64_t>& tokens) {
@@ -95,52 +97,56 @@ Result<Logits> Session::step(const std::vector<std::int64_t>& tokens) {
 Result<State> Session::state() {
   if (auto ok = usable(); !ok) return ok.error();
   if (!rows_) return Error{Code::state, "this session has no state yet: prefill it first"};
-  auto state = backend_->read();
+  auto state = guarded<State>(Code::runtime, "liger", [&] { return backend_->read(); });
   if (state) state->model = bundle_.model;
   return state;
 }
 
 Status Session::load_state(const State& state) {
-  if (state.model != bundle_.model)
-    return Error{Code::state, "this state belongs to model " + (state.model.empty() ? "unknown" : state.model) +
-                                  ", not to " + bundle_.model};
-  const auto rows = static_cast<std::int64_t>(state.length.size());
-  if (rows < 1 || (bundle_.batch && rows != bundle_.batch))
-    return Error{Code::state, "this bundle was exported for a batch of " + std::to_string(bundle_.batch) + ", not " +
-                                  std::to_string(rows)};
-  std::unordered_map<std::string, const State::Tensor*> named;
-  for (const auto& tensor : state.tensors) named[tensor.name] = &tensor;
-  for (const auto& info : bundle_.state) {
-    if (info.name == "length") continue;
-    std::vector<std::int64_t> shape{rows};
-    shape.insert(shape.end(), info.shape.begin(), info.shape.end());
-    auto found = named.find(info.name);
-    const char* odd = ": it belongs to another model or configuration";
-    if (found == named.end()) return Error{Code::state, "the state lacks tensor '" + info.name + "'" + odd};
-    const auto& tensor = *found->second;
-    if (tensor.shape != shape || static_cast<std::int64_t>(tensor.values.size()) != count(shape))
-      return Error{Code::state, "state tensor '" + info.name + "' is " + show(tensor.shape) + ", this model needs " +
-                                    show(shape) + odd};
-  }
-  if (state.tensors.size() + 1 != bundle_.state.size())
-    return Error{Code::state, "the state has tensors that this model does not know"};
-  if (auto ok = backend_->write(state); !ok) return ok;
-  rows_ = rows;
-  poison_.clear();
-  return Done{};
+  return guarded<Done>(Code::runtime, "liger", [&]() -> Result<Done> {
+    if (state.model != bundle_.model)
+      return Error{Code::state, "this state belongs to model " + (state.model.empty() ? "unknown" : state.model) +
+                                    ", not to " + bundle_.model};
+    const auto rows = static_cast<std::int64_t>(state.length.size());
+    if (rows < 1 || (bundle_.batch && rows != bundle_.batch))
+      return Error{Code::state, "this bundle was exported for a batch of " + std::to_string(bundle_.batch) + ", not " +
+                                    std::to_string(rows)};
+    std::unordered_map<std::string, const State::Tensor*> named;
+    for (const auto& tensor : state.tensors) named[tensor.name] = &tensor;
+    for (const auto& info : bundle_.state) {
+      if (info.name == "length") continue;
+      std::vector<std::int64_t> shape{rows};
+      shape.insert(shape.end(), info.shape.begin(), info.shape.end());
+      auto found = named.find(info.name);
+      const char* odd = ": it belongs to another model or configuration";
+      if (found == named.end()) return Error{Code::state, "the state lacks tensor '" + info.name + "'" + odd};
+      const auto& tensor = *found->second;
+      if (tensor.shape != shape || static_cast<std::int64_t>(tensor.values.size()) != count(shape))
+        return Error{Code::state, "state tensor '" + info.name + "' is " + show(tensor.shape) + ", this model needs " +
+                                      show(shape) + odd};
+    }
+    if (state.tensors.size() + 1 != bundle_.state.size())
+      return Error{Code::state, "the state has tensors that this model does not know"};
+    if (auto ok = backend_->write(state); !ok) return ok;
+    rows_ = rows;
+    poison_.clear();
+    return Done{};
+  });
 }
 
 Result<std::unique_ptr<Session>> Session::fork() {
-  if (auto ok = usable(); !ok) return ok.error();
-  auto twin = backend_->twin();
-  if (!twin) return twin.error();
-  auto session = std::make_unique<Session>(bundle_, std::move(*twin));
-  if (rows_) {
-    auto now = state();
-    if (!now) return now.error();
-    if (auto ok = session->load_state(*now); !ok) return ok.error();
-  }
-  return session;
+  return guarded<std::unique_ptr<Session>>(Code::runtime, "liger", [&]() -> Result<std::unique_ptr<Session>> {
+    if (auto ok = usable(); !ok) return ok.error();
+    auto twin = backend_->twin();
+    if (!twin) return twin.error();
+    auto session = std::make_unique<Session>(bundle_, std::move(*twin));
+    if (rows_) {
+      auto now = state();
+      if (!now) return now.error();
+      if (auto ok = session->load_state(*now); !ok) return ok.error();
+    }
+    return session;
+  });
 }
 
 void Session::reset() {
