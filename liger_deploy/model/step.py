@@ -32,6 +32,8 @@ class _Stateful(nn.Module):
         self.spec = state_spec(model)
         self.config = liger_config(model)
         self.layers = model_shape(model).layers
+        # What transformers calls the state: `past_key_values` up to 5.23, `cache` from 5.24 on.
+        self._state = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def zeros(self, batch: int) -> tuple[Tensor, ...]:
         """The empty state, flat; windows in the model's dtype."""
@@ -51,9 +53,8 @@ class _Stateful(nn.Module):
 
     def _run(self, tokens_BT: Tensor, state: ModelState) -> Tensor:
         positions = torch.zeros(1, 1, dtype=torch.long, device=tokens_BT.device)
-        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         logits: Tensor = self.model(
-            input_ids=tokens_BT, position_ids=positions, use_cache=False, **{name: state}
+            input_ids=tokens_BT, position_ids=positions, use_cache=False, **{self._state: state}
         ).logits
         if len(state.read) != self.layers:  # an answer would come from no state at all
             raise SessionError(
