@@ -107,6 +107,13 @@ def entries(
     return found
 
 
+def _check_devices(bundles: Sequence[Path], device: str) -> None:
+    for path in bundles:
+        made_for = Bundle.open(path, checksums=False).manifest.graph.requires.get("device", "cpu")
+        if made_for != device:
+            raise UserError(f"{path} was made for {made_for}: one report has one device, and --device is {device}")
+
+
 def _check_parity(path: Path) -> None:
     report = path / "parity.json"
     again = f"run liger-deploy verify --bundle {path} --model CHECKPOINT first: nothing is timed that is not proved"
@@ -236,10 +243,12 @@ def benchmark(
     plan = plan or Plan()
     if not bundles:
         raise UserError("give at least one bundle with --bundle")
+    _check_devices(bundles, plan.device)
     vocab = min(Bundle.open(path, checksums=False).manifest.model.vocab_size for path in bundles)
     with tempfile.TemporaryDirectory() as temporary:
         found = entries(bundles, peers, base, folder or Path(temporary), python, stock)
-        return measure(found, plan, vocab, machine.read_bandwidth(plan.threads))
+        reads = machine.gpu_read_bandwidth() if plan.device == "cuda" else machine.read_bandwidth(plan.threads)
+        return measure(found, plan, vocab, reads)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +261,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--stock", action="store_true", help="ONNX bundles without this project's kernels too")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where peers of PyTorch run")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of bundles and PyTorch's peers")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each subject at each depth")
     parser.add_argument("--block", type=int, default=8, help="steps of a turn")
     parser.add_argument("--out", type=Path, help="FILE.json; FILE.html and FILE.png are written beside it")
@@ -298,6 +307,8 @@ def _words(arguments: argparse.Namespace) -> str:
     """The flags that say what was measured, without this machine's paths."""
     names = " ".join(path.name for path in arguments.bundle)
     words = [f"--bundle {names}", f"--contexts {arguments.contexts}", f"--threads {arguments.threads}"]
+    if arguments.device != "cpu":
+        words.append(f"--device {arguments.device}")
     if arguments.peers:
         words.append(f"--peers {arguments.peers} --base {arguments.base.name}")
     return " ".join([*words, *(["--stock"] if arguments.stock else [])])

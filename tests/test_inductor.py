@@ -67,11 +67,10 @@ def test_a_llama_step_is_five_products_a_layer() -> None:
     assert found == [*layer, *layer, (True, False, False)]
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["", "prefill kernel"])
 @pytest.mark.parametrize(
     "config", [{}, {"structure": "mamba2"}, {"structure": "window"}, {"softmax_layers": (1,), "sinks": 2}]
 )
-def test_graphs_on_rings(kernel: bool, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_on_rings(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA compiles, run by PyTorch with interpreted kernels in the session: tokens and states of the model."""
     model = liger(small_llama(), window=6, **config)
     graphs: dict[str, GraphModule] = {}
@@ -80,7 +79,6 @@ def test_graphs_on_rings(kernel: bool, config: dict[str, Any], tmp_path: Path, m
         graphs.update({name: graph.module for name, graph in traced.items()})
         path.write_bytes(b"kept in memory")
 
-    monkeypatch.setattr(inductor, "PREFILL_KERNEL", kernel)
     monkeypatch.setattr(inductor, "_package", keep)
     monkeypatch.setattr(inductor, "_check_loads", lambda path: None)
     monkeypatch.setattr(inductor, "_on_gpu", lambda device: True)

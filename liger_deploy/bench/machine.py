@@ -66,6 +66,23 @@ def read_bandwidth(threads: int, megabytes: int = 512) -> float:
     return best
 
 
+def gpu_read_bandwidth() -> float:
+    """Bytes a second that a sum over 4 GB reads on the GPU: the best of several."""
+    import torch
+
+    x, best = torch.ones(1 << 30, device="cuda"), 0.0
+    for _ in range(8):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()  # type: ignore[no-untyped-call]
+        x.sum()
+        stop.record()  # type: ignore[no-untyped-call]
+        stop.synchronize()  # type: ignore[no-untyped-call]
+        best = max(best, x.nbytes / start.elapsed_time(stop) * 1e3)  # type: ignore[no-untyped-call]
+    del x
+    torch.cuda.empty_cache()
+    return best
+
+
 def reference_loop() -> float:
     """Seconds of a fixed piece of arithmetic: its spread over a run is the machine's noise."""
     x = np.arange(1 << 16, dtype=np.float64)

@@ -48,7 +48,13 @@ def rows(figures: dict[str, Any]) -> list[list[str]]:
 
 def headings(figures: dict[str, Any]) -> list[str]:
     """Of `rows`."""
-    return ["ms a token at depth", *(f"{c:,}" for c in figures["contexts"]), *COLUMNS[1:]]
+    columns = [memory(figures) if name == "resident" else name for name in COLUMNS[1:]]
+    return ["ms a token at depth", *(f"{c:,}" for c in figures["contexts"]), *columns]
+
+
+def memory(figures: dict[str, Any]) -> str:
+    """What the figures `resident` are of."""
+    return "GPU memory" if figures["device"] == "cuda" else "resident memory"
 
 
 def size(count: float) -> str:
@@ -59,8 +65,9 @@ def size(count: float) -> str:
 def note(figures: dict[str, Any]) -> str:
     """One line: threads, bandwidth, noise."""
     loop = figures["reference_loop_s"]
+    threads = "" if figures["device"] == "cuda" else f"{figures['threads']} threads, "
     return (
-        f"{figures['threads']} threads, batch 1; memory reads at {figures['read_bandwidth_bytes_s'] / 1e9:.1f} GB/s; "
+        f"{threads}batch 1; memory reads at {figures['read_bandwidth_bytes_s'] / 1e9:.1f} GB/s; "
         f"a fixed loop beside the steps took {loop['p10'] * 1e3:.1f} to {loop['p90'] * 1e3:.1f} ms "
         "(10th to 90th percentile)"
     )
@@ -107,7 +114,7 @@ def picture(figures: dict[str, Any], form: str) -> bytes:
         (line,) = axes[0].plot(depths, middle, label=one["label"], **style)
         axes[0].fill_between(depths, low, high, color=line.get_color(), alpha=0.12)
         axes[1].plot(depths, [d["resident"] / 1e6 for d in one["depths"]], color=line.get_color(), **style)
-    for axis, label in zip(axes, ("milliseconds a token", "resident memory, MB"), strict=True):
+    for axis, label in zip(axes, ("milliseconds a token", f"{memory(figures)}, MB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="tokens in the conversation", ylabel=label)
         axis.set_xticks(figures["contexts"], [f"{c:,}" for c in figures["contexts"]])
         axis.minorticks_off()

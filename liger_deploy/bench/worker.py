@@ -73,7 +73,7 @@ def serve(kind: str, path: Path, threads: int, device: str, most: int, vocab: in
 
     start = time.perf_counter()
     subject = load(kind, path, threads, device, most)
-    say = {"load_s": time.perf_counter() - start, "resident": resident(), "cache": subject.cache_bytes(most)}
+    say = {"load_s": time.perf_counter() - start, "resident": resident(device), "cache": subject.cache_bytes(most)}
     print(json.dumps(say | {"cache_at_0": subject.cache_bytes(0)}), flush=True)
     seen = 0
     for line in sys.stdin:
@@ -92,18 +92,26 @@ def serve(kind: str, path: Path, threads: int, device: str, most: int, vocab: in
                 subject.step(token)
                 seconds.append(time.perf_counter() - start)
         seen += len(tokens)
-        print(json.dumps({"seconds": seconds, "resident": resident(), "peak": peak()}), flush=True)
+        print(json.dumps({"seconds": seconds, "resident": resident(device), "peak": peak(device)}), flush=True)
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
+def resident(device: str = "cpu") -> int:
+    """Bytes that this process holds now: of the machine's memory, or of the GPU's (what PyTorch's allocator holds)."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_reserved()
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
-def peak() -> int:
-    """The most bytes that this process ever had in memory."""
+def peak(device: str = "cpu") -> int:
+    """The most bytes that this process ever held there."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved()
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -36,7 +36,6 @@ from liger_deploy.model.describe import describe
 from liger_deploy.model.step import PrefillModel, StepModel
 
 MODEL, WEIGHTS = "model.pt2", "model.safetensors"
-PREFILL_KERNEL = False  # liger::attention_prefill in CUDA packages: not until such a package has been run on a GPU
 CHUNK = {"cpu": 64, "cuda": 512}  # default tokens of one prefill call
 _MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}  # instead of "native": the package moves between processors
 
@@ -126,11 +125,10 @@ def _on_rings(model: PreTrainedModel, rings: set[int], chunk: int) -> Iterator[N
         for layer in _layers(model):
             if layer.layer_idx in rings:
                 from liger_deploy.model.kernels.attention_prefill import prefill_on_ring
-                from liger_deploy.model.kernels.attention_step import step_on_ring, tokens_on_ring
+                from liger_deploy.model.kernels.attention_step import step_on_ring
 
-                tokens = prefill_on_ring if PREFILL_KERNEL else tokens_on_ring
                 stack.callback(setattr, layer, "after_state", layer.after_state)
-                layer.after_state = tokens if chunk else step_on_ring
+                layer.after_state = prefill_on_ring if chunk else step_on_ring
         yield
 
 

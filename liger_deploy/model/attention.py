@@ -26,6 +26,7 @@ Mode = Literal["liger", "softmax", "transfer"]
 AfterState = Callable[
     [Mixer, Heads, Rope, LayerState, Tensor, Tensor | None, Lolcats | None], tuple[Tensor, LayerState]
 ]
+Sequence = Callable[[Mixer, Heads, Rope, Segments, Lolcats | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class LigerAttention(nn.Module):
         self.norms = _norms(base, self.head_dim)
         self.mixer = Mixer(config, self.scaling)
         self.after_state: AfterState = Mixer.after_state
+        self.sequence: Sequence = Mixer.sequence
         self.lolcats = None
         if config.row.width == "learned":
             weight = next(self.parameters())
@@ -158,12 +160,12 @@ class LigerAttention(nn.Module):
         """`mode`: "liger"; "softmax", the base model's attention; "transfer", the latter while measuring the former
         against it (LoLCATs' first stage: mean squared error of the heads' outputs)."""
         if self.mode == "liger":
-            return self.mixer.sequence(heads, self._rope, segments, self.lolcats)
+            return self.sequence(self.mixer, heads, self._rope, segments, self.lolcats)
         rope = position_embeddings if self.rope_cos.shape[-1] else None
         teacher = window.attend_all(*heads[:3], segments.number, rope, self.scaling, self.base_window)
         if self.mode == "transfer":
             with torch.enable_grad():
-                ours = self.mixer.sequence(heads, self._rope, segments, self.lolcats)
+                ours = self.sequence(self.mixer, heads, self._rope, segments, self.lolcats)
                 errors = (ours.float() - teacher.float()).square().mean((2, 3, 4))
                 self.transfer_loss = errors[segments.number > 0].mean()
         return teacher

@@ -22,6 +22,7 @@ from torch import Tensor
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHUNK = 64
 SUB_CHUNK = 16
+MANY = 16  # chunks from which their states are found by doubling
 FORGET = -100.0  # a log-decay that empties the state: its exponential is 4e-44
 
 
@@ -104,11 +105,26 @@ def _exclusive_suffix(g_BGNSC: Tensor) -> Tensor:
 
 def _scan(decay_BGNC1: Tensor, writes_BGNKV: Tensor, state_BGKV: Tensor) -> tuple[Tensor, Tensor]:
     """The states before each chunk [B,G,N,K,V], and the one after the last."""
+    if writes_BGNKV.shape[2] > MANY:
+        return _scan_by_doubling(decay_BGNC1, writes_BGNKV, state_BGKV)
     before = []
     for n in range(writes_BGNKV.shape[2]):
         before.append(state_BGKV)
         state_BGKV = decay_BGNC1[:, :, n] * state_BGKV + writes_BGNKV[:, :, n]
     return torch.stack(before, 2), state_BGKV
+
+
+def _scan_by_doubling(decay_BGNC1: Tensor, writes_BGNKV: Tensor, state_BGKV: Tensor) -> tuple[Tensor, Tensor]:
+    """`_scan` in log2(N) passes over all chunks, instead of N small steps (Hillis and Steele, 1986)."""
+    chunks, reach = writes_BGNKV.shape[2], 1
+    after = torch.cat([state_BGKV[:, :, None], writes_BGNKV], 2)  # after chunk n - 1; the given state is chunk 0's
+    decay = F.pad(decay_BGNC1, (0, 0, 0, 0, 1, 0))
+    while reach <= chunks:
+        earlier = after[:, :, :-reach]
+        after = torch.cat([after[:, :, :reach], after[:, :, reach:] + decay[:, :, reach:] * earlier], 2)
+        decay = torch.cat([decay[:, :, :reach], decay[:, :, reach:] * decay[:, :, :-reach]], 2)
+        reach *= 2
+    return after[:, :, :-1], after[:, :, -1]
 
 
 def slot_step(

@@ -23,7 +23,6 @@ from torch.library import triton_op
 
 from liger_deploy.config import LigerConfig
 from liger_deploy.gates import STRUCTURES
-from liger_deploy.model import window
 from liger_deploy.model.kernels import launcher, overlaps, predecessor_done, start_followers
 from liger_deploy.model.lolcats import Lolcats
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
@@ -330,19 +329,3 @@ def step_on_ring(
         config.recurrent_weight, config.window_weight, mixer.scaling,
     )  # fmt: skip
     return out_BGRV[:, None], layer
-
-
-def tokens_on_ring(
-    mixer: Mixer,
-    heads: Heads,
-    rope: Rope,
-    layer: LayerState,
-    length: Tensor,
-    valid: Tensor | None = None,
-    lolcats: Lolcats | None = None,
-) -> tuple[Tensor, LayerState]:
-    """`Mixer.after_state` over a state whose window is a ring, in PyTorch."""
-    assert valid is not None
-    straight = LayerState(layer.recurrent, *(window.from_ring(x, length) for x in (layer.window_k, layer.window_v)))
-    out, new = mixer.after_state(heads, rope, straight, length, valid, lolcats)
-    return out, LayerState(new.recurrent, *(window.to_ring(x, length + valid) for x in (new.window_k, new.window_v)))
