@@ -1,9 +1,9 @@
 """One shape on every runtime and beside its peers, by depth: makes models, proves them, runs `liger-deploy benchmark`.
 
-    python -m benchmarks.depth tiny|291m|1b_cuda [--threads N] [--folder DIR] [--peer-python PATH]
+    python -m benchmarks.depth tiny|291m|tiny_cuda [--threads N] [--folder DIR] [--peer-python PATH]
 
 tiny: the embedded model, float32.  291m: a small Llama's shape, random weights, float32 and 4 bits, peers included.
-1b_cuda: Llama-3.2-1B's shape, random weights, bfloat16, on a GPU.
+tiny_cuda: the embedded model, bfloat16, on a GPU.
 What is in --folder already is not made again. Writes benchmarks/results/depth_NAME.json, and docs/depth_NAME.png.
 """
 
@@ -26,14 +26,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
         "max_position_embeddings": 20480, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
     },
-    "1b_cuda": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
-        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
-        "dtype": "bfloat16",
-        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
-                            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-    },
 }  # fmt: skip
 # target, --dtype, --quant
 BUNDLES = {
@@ -42,14 +34,14 @@ BUNDLES = {
         ("onnx", "float32", "none"), ("onnx", "float32", "int4"), ("executorch", "float32", "int4"),
         ("inductor", "float32", "none"), ("inductor", "bfloat16", "none"),
     ],
-    "1b_cuda": [("inductor", "bfloat16", "none")],
+    "tiny_cuda": [("inductor", "bfloat16", "none")],
 }  # fmt: skip
 PEERS = {
     "tiny": "transformers",
     "291m": "llama.cpp,onnxruntime-genai,transformers,transformers-bf16",
-    "1b_cuda": "transformers-bf16,transformers-compiled-bf16",
+    "tiny_cuda": "transformers-bf16,transformers-compiled-bf16",
 }
-CONTEXTS = {"tiny": "128,1024,4096,16384", "291m": "128,1024,4096,16384", "1b_cuda": "1024,16384,65536"}
+CONTEXTS = "128,1024,4096,16384"
 
 
 def liger(*words: object) -> None:
@@ -59,8 +51,8 @@ def liger(*words: object) -> None:
 
 def make(name: str, folder: Path) -> tuple[Path, list[Path]]:
     """The softmax checkpoint and the proved bundles."""
-    device = _device(name)
-    base, model = (EMBEDDED.parent / "base", EMBEDDED) if name == "tiny" else (folder / "base", folder / "model")
+    device, tiny = _device(name), name.startswith("tiny")
+    base, model = (EMBEDDED.parent / "base", EMBEDDED) if tiny else (folder / "base", folder / "model")
     if not base.exists():
         random_checkpoint(SHAPES[name], base)
     if not model.exists():
@@ -88,8 +80,7 @@ def random_checkpoint(shape: dict[str, Any], out: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**shape)
-    LlamaForCausalLM(config).to(config.dtype or torch.float32).save_pretrained(out)
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(out)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / file, out)
 
@@ -107,7 +98,7 @@ def main() -> None:
         base, bundles = make(arguments.name, folder)
         out = RESULTS / f"depth_{arguments.name}.json"
         peers = ("--peers", PEERS[arguments.name], "--base", base, "--peer-folder", folder)
-        how = ("--threads", arguments.threads, "--contexts", CONTEXTS[arguments.name], "--stock")
+        how = ("--threads", arguments.threads, "--contexts", CONTEXTS, "--stock")
         how += ("--device", _device(arguments.name))
         liger("benchmark", "--bundle", *bundles, *peers, "--peer-python", arguments.peer_python, *how, "--out", out)
         for suffix in (".png", ".html"):

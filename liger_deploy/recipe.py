@@ -45,6 +45,7 @@ class FinetuneOptions:
         patience: evaluations without improvement after which training stops, keeping the best (0: never).
         dtype: of the frozen weights; the adapter is float32.
         gradient_checkpointing: trade time for memory.
+        compile: let torch.compile make each layer's kernels: a slow first step, quicker ones after it.
         fsdp: shard weights, gradients and optimizer over the processes.
         seed: of the adapter, the data's order and dropout.
         tensorboard: write its event files into OUT.training/runs as well.
@@ -74,6 +75,7 @@ class FinetuneOptions:
     patience: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     fsdp: bool = False
     seed: int = 0
     tensorboard: bool = False
