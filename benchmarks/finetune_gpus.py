@@ -24,7 +24,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 def train(data: Path, out: Path, words: list[str], launch: list[str]) -> float:
     """Run the verb; seconds."""
     command = [sys.executable, *launch, "-m", "liger_deploy.finetune", "--model", str(EMBEDDED), "--data", str(data)]
-    command += ["--out", str(out), "--max-length", "256", "--accumulation", "1", "--eval-fraction", "0", *words]
+    command += ["--out", str(out), "--max-length", "256", "--eval-fraction", "0", *words]
     start = time.perf_counter()
     subprocess.run([*command, "--max-tokens", str(20 * 8 * 256)], check=True)
     return time.perf_counter() - start
@@ -39,9 +39,9 @@ def main() -> None:
         source = sorted(Path(report.ROOT / "liger_deploy").rglob("*.py"))
         data.write_text("\n\n".join(path.read_text() for path in source))
         runs = {
-            "one": (["--batch", "8"], []),
-            "two, copied": (["--batch", "4"], LAUNCH),
-            "two, sharded": (["--batch", "4", "--fsdp"], LAUNCH),
+            "one": (["--batch", "4", "--accumulation", "2"], []),
+            "two, copied": (["--batch", "4", "--accumulation", "1"], LAUNCH),
+            "two, sharded": (["--batch", "4", "--accumulation", "1", "--fsdp"], LAUNCH),
         }
         adapters = {}
         for name, (words, launch) in runs.items():

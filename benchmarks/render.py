@@ -113,17 +113,64 @@ def depth_291m() -> str:
     return _depth("291m", "291 million parameters, random weights.")
 
 
+def depth_tiny_cuda() -> str:
+    """The embedded model on a GPU."""
+    return _depth("tiny_cuda", "The embedded model, bfloat16.")
+
+
+def gpu_finetune() -> str:
+    """LoRA on a GPU beside the softmax model's."""
+    f, source = _result("gpu_finetune")
+    base = {row["length"]: row for row in f["rows"] if row["kind"] == "softmax"}
+    lines = []
+    for row in f["rows"]:
+        first = base[row["length"]]
+        name = "softmax, scaled_dot_product_attention" if row is first else "Liger-GLA, `--compile`"
+        rate, memory = row["tokens_s"] / first["tokens_s"], row["peak_bytes"] / first["peak_bytes"]
+        lines.append(
+            f"| {name} | {row['length']:,} | {row['tokens_s']:,.0f} | {rate:.2f} | {row['peak_bytes'] / 1e9:.1f} GB "
+            f"| {memory:.2f} | {row['first_step_s']:.0f} s |"
+        )
+    head = "| LoRA, bfloat16 | tokens a row | tokens/s | over softmax | peak | over softmax | first step |"
+    note = "Llama-3.2-1B's shape, random weights, 8,192 tokens a step, rank 8 on q, k, v and o."
+    return "\n".join([head, "|---" * 7 + "|", *lines, "", f"{note} {source}"])
+
+
+def executorch_profile() -> str:
+    """Where an ExecuTorch step spends its time."""
+    f, source = _result("executorch_profile")
+    profiles = f["profiles"]
+    names = [kind["name"] for kind in profiles[0]["kinds"] if kind["name"] != "DELEGATE_CALL"][:7]
+    at = [{kind["name"]: kind for kind in p["kinds"]} for p in profiles]
+    steps = " | ".join(f"{p['step_ms']:.2f} ms" for p in profiles)
+    inside = " | ".join(f"{p['in_delegates']:.1%}" for p in profiles)
+    lines = [f"| the step | 1 | {steps} |"]
+    lines.append(f"| inside its delegates | {profiles[0]['delegates']} | {inside} |")
+    for name in names:
+        times = " | ".join(f"{kinds[name]['ms']:.2f} ms" if name in kinds else "" for kinds in at)
+        lines.append(f"| {name} | {at[0][name]['count']} | {times} |")
+    head = "| | count | " + " | ".join(f"threads: {p['threads']}" for p in profiles) + " |"
+    grown = f["growth"]
+    note = (
+        f"291 million parameters, random weights, {f['quant']}. The embedded model's process grew by {grown['grown']} "
+        f"bytes over {grown['steps']:,} steps."
+    )
+    return "\n".join([head, "|---" * (len(profiles) + 2) + "|", *lines, "", f"{note} {source}"])
+
+
 def _depth(name: str, what: str) -> str:
     """A row a subject, a column a depth: milliseconds a token; then time to the first token, prefill and memory."""
     f, source = _result(f"depth_{name}")
     source = re.sub("`.*?`", f"`python -m benchmarks.depth {name}`", source, count=1)
     depths = " | ".join(f"{c:,}" for c in f["contexts"])
-    head = f"| ms a token at depth | {depths} | first token | prefill, tokens/s | resident | files |"
+    memory = "GPU memory" if f["device"] == "cuda" else "resident"
+    head = f"| ms a token at depth | {depths} | first token | prefill, tokens/s | {memory} | files |"
     lines = [f"| {' | '.join([*row[:-3], row[-2]])} |" for row in report.rows(f)]
     loop = f["reference_loop_s"]
     note = (
         f"{what} {f['threads']} threads, batch 1. First token: of a prompt of {f['contexts'][0]} tokens. "
-        "Prefill: up to the first and the last depth. Resident: at the last. A fixed loop beside the steps took "
+        f"Prefill: up to the first and the last depth. {memory[0].upper()}{memory[1:]}: at the "
+        "last. A fixed loop beside the steps took "
         f"{loop['p10'] * 1e3:.1f} to {loop['p90'] * 1e3:.1f} ms (10th to 90th percentile): the machine's noise."
     )
     return "\n".join([head, "|---" * (len(f["contexts"]) + 5) + "|", *lines, "", f"{note} {source}"])
@@ -177,7 +224,7 @@ def gpu_check() -> str:
     """The CUDA package's worst row in each table."""
     f, source = _result("gpu_check")
     lines = []
-    for dtype in ("float32", "bfloat16", "float16"):
+    for dtype in (name for name in ("float32", "bfloat16", "float16") if name in f["check"]):
         rows = f["check"][dtype]
         passed = sum(row[2] for row in rows.values())
         key = "logits of 64 steps" if dtype == "float32" else "mean divergence (KL, nats a token)"
@@ -304,6 +351,9 @@ TABLES: dict[str, Callable[[], str]] = {
         depth_tiny,
         depth_291m,
         depth_ratios,
+        depth_tiny_cuda,
+        executorch_profile,
+        gpu_finetune,
         gpu_step,
         gpu_prefill,
         gpu_layer,

@@ -228,6 +228,8 @@ def _trainer(model: Any, train: list[Any], test: list[Any], work: Path, options:
         fsdp=options.fsdp or None,
         fsdp_config=_fsdp(model) if options.fsdp else None,
     )
+    if processes == 1 and arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # Trainer would split batches over all GPUs that it sees, and multiply their size
     callbacks = [Metrics(work / METRICS, tokens_per_step, options.stage)]
     if options.patience and test:
         callbacks.append(EarlyStoppingCallback(options.patience))
