@@ -238,6 +238,14 @@ def test_bad_input(base: Path, data: str, tmp_path: Path, fails: Callable[..., s
     )
 
 
+def test_compiled_layers_train_to_the_same_adapter(base: Path, data: str, tmp_path: Path) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        finetune(base, data, tmp_path / name, options(eval_fraction=0.0, max_tokens=3 * 128, compile=compiled))
+    expected = weights(tmp_path / "eager")
+    for name, tensor in weights(tmp_path / "compiled").items():
+        assert float((tensor - expected[name]).norm()) <= 2e-3 * float(expected[name].norm()), name
+
+
 def test_a_foreign_tokenizer_is_refused(data: str, tmp_path: Path) -> None:
     small = checkpoint(tmp_path / "small", vocab=300)
     with pytest.raises(ld.UserError, match="its tokenizer makes ids beyond the model's 300"):

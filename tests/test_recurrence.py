@@ -103,6 +103,17 @@ def test_split_anywhere_is_one_pass() -> None:
         assert relative(state, whole_state) < OP
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 17, 40])
+def test_states_found_by_doubling_are_those_of_the_loop(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(chunks)
+    decay, writes, state = torch.rand(2, 3, chunks, 4, 1), torch.randn(2, 3, chunks, 4, 5), torch.randn(2, 3, 4, 5)
+    monkeypatch.setattr(recurrence, "MANY", 100)
+    expected = recurrence._scan(decay, writes, state)
+    for found, wanted in zip(recurrence._scan_by_doubling(decay, writes, state), expected, strict=True):
+        assert found.shape == wanted.shape
+        assert relative(found, wanted) < OP
+
+
 def test_operator_is_well_formed() -> None:
     torch.library.opcheck(linear_attention, (*make(5), torch.randn(2, 2, 8, 8)))
 
