@@ -163,7 +163,7 @@ def _depth(name: str, what: str) -> str:
     f, source = _result(f"depth_{name}")
     source = re.sub("`.*?`", f"`python -m benchmarks.depth {name}`", source, count=1)
     depths = " | ".join(f"{c:,}" for c in f["contexts"])
-    memory = "GPU memory" if f["device"] == "cuda" else "resident"
+    memory = report.memory(f)
     head = f"| ms a token at depth | {depths} | first token | prefill, tokens/s | {memory} | files |"
     lines = [f"| {' | '.join([*row[:-3], row[-2]])} |" for row in report.rows(f)]
     loop = f["reference_loop_s"]

@@ -23,7 +23,7 @@ from liger_deploy import cli
 from liger_deploy.bench import machine
 from liger_deploy.bench.peers import PEERS, prepare
 from liger_deploy.bench.worker import Worker
-from liger_deploy.bundle import Bundle
+from liger_deploy.bundle import Bundle, Manifest
 from liger_deploy.errors import UserError
 from liger_deploy.files import write_json
 
@@ -107,9 +107,9 @@ def entries(
     return found
 
 
-def _check_devices(bundles: Sequence[Path], device: str) -> None:
-    for path in bundles:
-        made_for = Bundle.open(path, checksums=False).manifest.graph.requires.get("device", "cpu")
+def _check_devices(manifests: dict[Path, Manifest], device: str) -> None:
+    for path, manifest in manifests.items():
+        made_for = manifest.graph.requires.get("device", "cpu")
         if made_for != device:
             raise UserError(f"{path} was made for {made_for}: one report has one device, and --device is {device}")
 
@@ -243,8 +243,9 @@ def benchmark(
     plan = plan or Plan()
     if not bundles:
         raise UserError("give at least one bundle with --bundle")
-    _check_devices(bundles, plan.device)
-    vocab = min(Bundle.open(path, checksums=False).manifest.model.vocab_size for path in bundles)
+    manifests = {path: Bundle.open(path, checksums=False).manifest for path in bundles}
+    _check_devices(manifests, plan.device)
+    vocab = min(manifest.model.vocab_size for manifest in manifests.values())
     with tempfile.TemporaryDirectory() as temporary:
         found = entries(bundles, peers, base, folder or Path(temporary), python, stock)
         reads = machine.gpu_read_bandwidth() if plan.device == "cuda" else machine.read_bandwidth(plan.threads)
