@@ -4,7 +4,8 @@
 
 Both train the same adapter (rank 8 on q, k, v and o) with the same loop in one process, on the shape's random bfloat16
 weights: forward, loss, backward, AdamW. A step takes `--tokens` tokens, in rows of each length. The softmax model runs
-through scaled_dot_product_attention, causal, without a mask; the converted one as `finetune` runs it, and eager beside.
+through scaled_dot_product_attention, causal, without a mask; the converted one as
+`finetune --compile` and `finetune` run it.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ import liger_deploy as ld
 from benchmarks import report
 from benchmarks.gpu import SHAPES
 from benchmarks.gpu_step import REST, build
-from liger_deploy.model.training import compile_layers
+from liger_deploy.model.training import quicken
 
 STEPS = 10
 
 
 def adapted(shape: dict[str, Any], kind: str) -> Any:
-    """The model with its adapter: "softmax", "liger eager" or "liger"."""
+    """The model with its adapter: "softmax", "liger pytorch" (op by op), "liger kernels", or "liger" (`--compile`)."""
     model = build(shape)
     if kind != "softmax":
         model = ld.linearize(model, ld.LigerConfig())
-        if kind == "liger":
-            compile_layers(model)
+        if kind != "liger pytorch":
+            quicken(model, compiled=kind == "liger")
     model.config.use_cache = False
     config = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     return get_peft_model(model, config).train()
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,8192")
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
-    parser.add_argument("--kinds", default="softmax,liger,liger eager")
+    parser.add_argument("--kinds", default="softmax,liger,liger kernels")
     parser.add_argument("--out", type=Path, help="copy the result there")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape] | REST[arguments.shape]

@@ -1,6 +1,6 @@
 """The inductor target's kernels on a GPU, against memory bandwidth measured in the same run.
 
-    python -m benchmarks.gpu sweep|layer|tilings|prefill|prefill_tilings [--shape 1b|8b] [--out FILE]
+    python -m benchmarks.gpu QUESTION [--shape 1b|8b] [--out FILE]
 
 sweep: tilings of `liger::linear_step`, each layer of the shape, with and without overlapping launches.
 layer: `liger::attention_step` at the 8B layer's shape, batch 1 to 256, float32 and bfloat16 state, and what
@@ -9,6 +9,9 @@ tilings: the same kernel cut in other ways.
 prefill: `liger::attention_prefill` for one 8B layer, 2k to 128k tokens, the window included, beside
        flash-linear-attention's `chunk_gla` (the recurrence alone) and causal scaled_dot_product_attention.
 prefill_tilings: the same kernels cut in other ways.
+sequence: `liger::attention_sequence` for one layer, forward and backward, 8,192 tokens in rows of 1,024 and of 8,192,
+       beside causal scaled_dot_product_attention without its rotary embedding.
+sequence_tilings: the same kernels cut in other ways.
 
 Times are medians of CUDA-graph replays between events. `tests/test_triton.py` holds both kernels to float64.
 """
@@ -287,6 +290,67 @@ def prefill_tilings() -> list[dict[str, Any]]:
     return found
 
 
+def _sequence_calls(shape: dict[str, int], length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward and backward of one layer over 8,192 tokens: ours, and causal attention's."""
+    from liger_deploy.model.kernels.attention_sequence import attention_sequence
+
+    b, g, h, d, w = 8192 // length, shape["num_key_value_heads"], shape["num_attention_heads"], shape["head_dim"], 64
+    q, up = (torch.randn(b, length, g, h // g, d, device="cuda").bfloat16().requires_grad_() for _ in range(2))
+    k, v = (torch.randn(b, length, g, d, device="cuda").bfloat16().requires_grad_() for _ in range(2))
+    write = torch.randn(b, length, g, d, device="cuda").softmax(-1).requires_grad_()
+    gate = (torch.nn.functional.logsigmoid(torch.randn(b, length, g, d, device="cuda")) / 16).requires_grad_()
+    segment = torch.ones(b, length, dtype=torch.long, device="cuda")
+    rope = [torch.randn(2 * w, d, device="cuda") for _ in range(2)]
+
+    def ours() -> Any:
+        out = attention_sequence(q, k, v, write, gate, segment, *rope, True, 0.5, 0.5, d**-0.5, w)
+        return torch.autograd.grad(out, (q, k, v, write, gate), up)
+
+    heads = [x.detach().flatten(2, -2).transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    up_BHTV = up.detach().flatten(2, 3).transpose(1, 2)
+
+    def attention() -> Any:
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        return torch.autograd.grad(out, heads, up_BHTV)
+
+    return ours, attention
+
+
+def sequence() -> list[dict[str, Any]]:
+    """Milliseconds of each shape's layer, and of its kernels."""
+    found = []
+    for name, shape in SHAPES.items():
+        for length in (1024, 8192):
+            ours, attention = _sequence_calls(shape, length)
+            row = {"shape": name, "length": length, "ms": median_ms(captured(ours), 20)}
+            row |= {"sdpa_ms": median_ms(captured(attention), 20), "kernels_us": _kernel_times(ours)}
+            found.append(row)
+            print(row, flush=True)
+    return found
+
+
+def sequence_tilings() -> list[dict[str, Any]]:
+    """Milliseconds of each way to cut the kernels, and of its kernels."""
+    from liger_deploy.model.kernels import attention_sequence as module
+
+    found = []
+    kept = {name: getattr(module, name) for name in ("SUB", "KEYS", "SCAN", "WARPS", "STAGES")}
+    ways: list[dict[str, int]] = [
+        {}, {"STAGES": 1}, {"STAGES": 3}, {"WARPS": 4}, {"WARPS": 8}, {"WARPS": 8, "STAGES": 1}, {"KEYS": 16},
+        {"KEYS": 64}, {"SUB": 32}, {"SUB": 32, "WARPS": 8}, {"SCAN": 128}, {"SCAN": 1024},
+    ]  # fmt: skip
+    for way, (name, shape) in itertools.product(ways, SHAPES.items()):
+        for key, value in kept.items():
+            setattr(module, key, way.get(key, value))
+        ours = _sequence_calls(shape, 8192)[0]
+        if (graph := _unless_too_large(captured, ours)) is not None:
+            found.append({"shape": name, "cut": way, "ms": median_ms(graph, 10), "kernels_us": _kernel_times(ours)})
+            print(found[-1], flush=True)
+    for key, value in kept.items():
+        setattr(module, key, value)
+    return found
+
+
 def _kernel_times(call: Callable[[], Any]) -> dict[str, float]:
     """Microseconds of each kernel of a call."""
     call()
@@ -317,10 +381,13 @@ def _attention_time(attention_step: Any, batch: int, dtype: torch.dtype) -> tupl
     return median_ms(captured(run)) / sets, size
 
 
+QUESTIONS = ("sweep", "layer", "tilings", "prefill", "prefill_tilings", "sequence", "sequence_tilings")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("sweep", "layer", "tilings", "prefill", "prefill_tilings"))
+    parser.add_argument("question", choices=QUESTIONS)
     parser.add_argument("--shape", default="1b", choices=tuple(SHAPES))
     parser.add_argument("--out", type=Path, help="copy the result there")
     arguments = parser.parse_args()

@@ -50,7 +50,7 @@ def finetune(
     """
     _require("peft", "accelerate")
     from liger_deploy.model.linearize import fingerprint, liger_config
-    from liger_deploy.model.training import compile_layers
+    from liger_deploy.model.training import quicken
 
     source, target = Path(model), Path(out)
     work = target.with_name(f"{target.name}.training")
@@ -62,8 +62,7 @@ def finetune(
         raise UserError(NO_FSDP)
     run = _run_values(fingerprint(loaded), data, options)
     _check_work(work, run, resume)
-    if options.compile:
-        compile_layers(loaded)
+    quicken(loaded, options.compile)
     trained = _trainable(loaded, options)
     train, held_out = _blocks(source, data, options)
     if _rank() == 0:

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from liger_deploy.config import LigerConfig
 from liger_deploy.model.kernels.attention_prefill import attention_prefill, prefill_on_ring
+from liger_deploy.model.kernels.attention_sequence import SUB, attention_sequence
 from liger_deploy.model.kernels.attention_step import attention_step, step_on_ring, supports
 from liger_deploy.model.kernels.linear_step import linear_step
-from liger_deploy.model.mixer import Heads, LayerState, Mixer
+from liger_deploy.model.mixer import Heads, LayerState, Mixer, Segments
+from liger_deploy.model.training import by_kernels
 from liger_deploy.model.window import from_ring, to_ring
 from tests.conftest import relative
-from tests.tolerances import EXTREME, OP
+from tests.tolerances import EXTREME, GRADIENT, OP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: see conftest.py
 
@@ -136,6 +138,72 @@ def test_attention_prefill(
         assert relative(found.cpu(), value) < tolerance
 
 
+# structure, gate strength, rows, KV heads, queries per KV head, head dim, window, rotary channels, tokens, documents
+SEQUENCES = [
+    ("gla", 1.0, 1, 1, 2, 16, 8, 16, 70, None),
+    ("gla", 60.0, 1, 1, 1, 24, 20, 16, 150, (30, 70, 40)),
+    ("hgrn2", 1.0, 1, 2, 3, 16, 70, 0, 33, None),
+    ("rwkv6", 3.0, 2, 1, 2, 16, 6, 16, 65, (1, 60)),
+    ("mamba2", 1.0, 1, 2, 3, 16, 6, 16, 70, None),
+    ("linear", 1.0, 1, 1, 1, 16, 16, 16, 130, (129,)),
+]  # fmt: skip
+if DEVICE == "cuda":
+    SEQUENCES += [
+        ("gla", 1.0, 2, 8, 4, 64, 64, 64, 1000, (300, 500, 150)),
+        ("gla", 60.0, 2, 8, 4, 64, 64, 64, 1000, (300, 500, 150)),
+        ("mlstm", 1.0, 1, 2, 4, 128, 64, 128, 500, None),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("case", SEQUENCES, ids=str)
+def test_attention_sequence(
+    case: tuple[str, float, int, int, int, int, int, int, int, tuple[int, ...] | None],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Outputs and gradients, documents kept apart, padding at the end."""
+    structure, strength, batch, groups, queries, dim, window, rotary, tokens, documents = case
+    torch.manual_seed(tokens)
+    config = LigerConfig(structure=structure, window=window)
+    mixer, rope = Mixer(config, dim**-0.5), _table(2 * window + SUB, rotary)
+    lengths = torch.tensor([*(documents or (tokens,)), tokens - sum(documents or (tokens,))])
+    numbers = torch.tensor([*range(1, len(lengths)), 0])
+    segment = numbers.repeat_interleave(lengths).expand(batch, -1).contiguous()
+    wide = torch.randn(batch, tokens, (queries + 3) * groups * dim, dtype=torch.float64)
+    wide[..., -groups * dim :] *= strength
+    exact = wide.to(dtype).double().requires_grad_()
+    single = wide.to(DEVICE, dtype).requires_grad_()
+    grad = torch.randn(batch, tokens, groups, queries, dim, dtype=torch.float64) * (segment > 0)[:, :, None, None, None]
+    grad = grad.to(dtype).double()
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "float", lambda x: x)  # the module's float32 casts: float64 throughout
+        patch.setattr(mixer, "_zeros", lambda q: tuple(x.double() for x in Mixer._zeros(mixer, q)))
+        segments = Segments.of(wide, None, segment)
+        expected = mixer.sequence(_heads(exact, groups, queries, dim), rope, segments)
+        (wanted,) = torch.autograd.grad(expected, exact, grad)
+    cos, sin = (x.float().to(DEVICE) for x in rope)
+    segments = Segments.of(single, None, segment.to(DEVICE))
+    out = by_kernels(mixer, _heads(single, groups, queries, dim), (cos, sin), segments)
+    assert out.dtype == dtype
+    (found,) = torch.autograd.grad(out, single, grad.to(DEVICE, dtype))
+    shown = (segment > 0)[..., None, None, None].expand_as(expected)
+    tolerance = (OP if strength == 1 else EXTREME, GRADIENT) if dtype == torch.float32 else (1e-2, 2e-2)
+    assert relative(out.double().cpu()[shown], expected[shown]) < tolerance[0]
+    parts = (_heads(x, groups, queries, dim) for x in (found.double().cpu(), wanted))
+    for ours, theirs in zip(*parts, strict=True):
+        assert float((ours - theirs).norm()) <= tolerance[1] * float(theirs.norm()) + 1e-12
+
+
+def test_attention_sequence_is_registered_as_it_behaves() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 20, 2, 2, 16, device=DEVICE), torch.randn(1, 20, 2, 16, device=DEVICE)
+    cos, sin = (x.float().to(DEVICE) for x in _table(24, 16))
+    tensors = [x.requires_grad_() for x in (q, k, k.clone(), k.detach().softmax(-1), -k.detach().abs())]
+    segment = torch.ones(1, 20, dtype=torch.long, device=DEVICE)
+    torch.library.opcheck(attention_sequence, (*tensors, segment, cos, sin, True, 0.5, 0.5, 0.25, 8))
+
+
 def _heads(wide: Tensor, groups: int, queries: int, dim: int) -> Heads:
     q, k, v, gate = wide.split([queries * groups * dim, *[groups * dim] * 3], -1)
     return Heads(q.unflatten(-1, (groups, queries, dim)), *(x.unflatten(-1, (groups, dim)) for x in (k, v, gate)))
@@ -194,6 +262,7 @@ from torch._higher_order_ops import triton_kernel_wrap as wrap
 from liger_deploy.model.kernels.attention_prefill import (
     _prefill_keep, _prefill_read, _prefill_scan, _prefill_write,
 )
+from liger_deploy.model.kernels.attention_sequence import SUB, attention_sequence
 from liger_deploy.model.kernels.attention_step import _attention_step
 from liger_deploy.model.kernels.linear_step import _linear_step
 

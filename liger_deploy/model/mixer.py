@@ -149,6 +149,20 @@ class Mixer:
         """phi of a query or key head, along its last dimension, in float32."""
         return x.float().softmax(-1) if self.liger.feature_map == "softmax" else x.float()
 
+    def writes(
+        self, k: Tensor, gate_key: Tensor, keep_BT: Tensor | None, restart_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """log alpha [B,T,G,C] and the keys that are written [B,T,G,K] (or the slots' weights), float32. Where `keep` is
+        False nothing decays or is written; where `restart` is True the state is forgotten first."""
+        g = self.gate(gate_key)
+        write = 1 - g.exp() if self.liger.row.key_from_gate or self.liger.slots else self.feature_map(k)
+        if keep_BT is not None:
+            keep_BT11 = keep_BT[:, :, None, None].to(g.dtype)
+            g, write = g * keep_BT11, write * keep_BT11
+        if restart_BT is not None:
+            g = g.masked_fill(restart_BT[:, :, None, None], recurrence.FORGET)
+        return g, write
+
     def _recurrent(
         self,
         q: Tensor,
@@ -159,15 +173,9 @@ class Mixer:
         restart_BT: Tensor | None,
         state: tuple[Tensor, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Eq. 7 (or gated slot attention) over T tokens. Where `keep` is False nothing decays or is written; where
-        `restart` is True the state is forgotten first."""
-        g, step = self.gate(gate_key), keep_BT is None and q.shape[1] == 1
-        write = 1 - g.exp() if self.liger.row.key_from_gate or self.liger.slots else self.feature_map(k)
-        if keep_BT is not None:
-            keep_BT11 = keep_BT[:, :, None, None].to(g.dtype)
-            g, write = g * keep_BT11, write * keep_BT11
-        if restart_BT is not None:
-            g = g.masked_fill(restart_BT[:, :, None, None], recurrence.FORGET)
+        """Eq. 7 (or gated slot attention) over T tokens."""
+        g, write = self.writes(k, gate_key, keep_BT, restart_BT)
+        step = keep_BT is None and q.shape[1] == 1
         q, v = self.feature_map(q), v.float()
         if self.liger.slots:
             k = k.float()
