@@ -47,6 +47,8 @@ def main() -> None:
         for name, (words, launch) in runs.items():
             figures[f"seconds {name}"] = train(data, folder / name, words, launch)
             adapters[name] = load_file(folder / name / "adapter_model.safetensors")
+        grown = [tensor for key, tensor in adapters["one"].items() if "lora_B" in key]  # zeros before training
+        figures["smallest norm of a trained B"] = min(float(tensor.norm()) for tensor in grown)
         for name in ("two, copied", "two, sharded"):
             pairs = [(adapters[name][key], tensor) for key, tensor in adapters["one"].items()]
             worst = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)

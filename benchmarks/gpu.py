@@ -334,10 +334,10 @@ def sequence_tilings() -> list[dict[str, Any]]:
     from liger_deploy.model.kernels import attention_sequence as module
 
     found = []
-    kept = {name: getattr(module, name) for name in ("SUB", "KEYS", "SCAN", "WARPS", "STAGES")}
+    kept = {name: getattr(module, name) for name in ("SUB", "KEYS", "SCAN", "AHEAD", "WARPS", "CHUNK_WARPS", "STAGES")}
     ways: list[dict[str, int]] = [
-        {}, {"STAGES": 1}, {"STAGES": 3}, {"WARPS": 4}, {"WARPS": 8}, {"WARPS": 8, "STAGES": 1}, {"KEYS": 16},
-        {"KEYS": 64}, {"SUB": 32}, {"SUB": 32, "WARPS": 8}, {"SCAN": 128}, {"SCAN": 1024},
+        {}, {"STAGES": 2}, {"WARPS": 8}, {"CHUNK_WARPS": 4}, {"KEYS": 16}, {"SUB": 32}, {"SUB": 32, "WARPS": 8},
+        {"AHEAD": 4}, {"AHEAD": 16}, {"SCAN": 256},
     ]  # fmt: skip
     for way, (name, shape) in itertools.product(ways, SHAPES.items()):
         for key, value in kept.items():

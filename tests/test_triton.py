@@ -191,8 +191,10 @@ def test_attention_sequence(
     tolerance = (OP if strength == 1 else EXTREME, GRADIENT) if dtype == torch.float32 else (1e-2, 2e-2)
     assert relative(out.double().cpu()[shown], expected[shown]) < tolerance[0]
     parts = (_heads(x, groups, queries, dim) for x in (found.double().cpu(), wanted))
-    for ours, theirs in zip(*parts, strict=True):
-        assert float((ours - theirs).norm()) <= tolerance[1] * float(theirs.norm()) + 1e-12
+    for name, ours, theirs in zip(Heads._fields, *parts, strict=True):
+        # The gate's gradient is a difference of sums that are rounded to 16 bits.
+        allowed = 5e-2 if name == "gate_key" and dtype == HALF else tolerance[1]
+        assert float((ours - theirs).norm()) <= allowed * float(theirs.norm()) + 1e-12, name
 
 
 def test_attention_sequence_is_registered_as_it_behaves() -> None:

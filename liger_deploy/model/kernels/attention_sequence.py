@@ -31,10 +31,12 @@ import triton.language as tl
 from torch import Tensor
 
 from liger_deploy.config import LigerConfig
+from liger_deploy.model.kernels.attention_prefill import _sums
 from liger_deploy.model.kernels.attention_step import _block, _dot, _phi
 
-CHUNK, SUB, KEYS, SCAN = 64, 16, 32, 256  # C, S, J, elements of a state that a program scans
-WARPS, STAGES = 0, 2  # of a program (0: by its size); loads in flight. Measured: benchmarks/gpu.py sequence_tilings
+CHUNK, SUB, KEYS = 64, 16, 32  # C, S, J
+SCAN, AHEAD = 128, 8  # elements of a state that a program scans, chunks that it asks for at once
+WARPS, CHUNK_WARPS, STAGES = 4, 8, 1  # measured, like the rest: benchmarks/gpu.py sequence_tilings
 # Largest sum of decays in a sub-chunk that two factors bear: bfloat16's range, and float32's last digits.
 SAFE, SAFE_EXACT = tl.constexpr(60.0), tl.constexpr(8.0)
 
@@ -95,9 +97,9 @@ def _write(
     v_TV = tl.load(v_ptr + at_T1 * V + c_V[None, :], in_TV, 0.0).to(tl.float32)
     # Sums of log-decays as products with 0 and 1: quicker than a scan, and no small sum is a difference of large ones.
     same_TT, after_TT = i_T[None, :] // S == i_T[:, None] // S, i_T[None, :] > i_T[:, None]
-    prefix_TC = tl.dot((same_TT & ~after_TT).to(tl.float32), g_TC, input_precision="tf32x3")
-    suffix_TC = tl.dot((same_TT & after_TT).to(tl.float32), g_TC, input_precision="tf32x3")
-    to_end_TC = tl.dot(after_TT.to(tl.float32), g_TC, input_precision="tf32x3")
+    prefix_TC = _sums(same_TT & ~after_TT, g_TC, kind)
+    suffix_TC = _sums(same_TT & after_TT, g_TC, kind)
+    to_end_TC = _sums(after_TT, g_TC, kind)
     at_TC = ((head * N + n) * C + i_T[:, None]) * K + c_C[None, :]
     tl.store(prefix_ptr + at_TC, prefix_TC, in_C[None, :])
     tl.store(suffix_ptr + at_TC, suffix_TC, in_C[None, :])
@@ -519,8 +521,7 @@ def _gates(
     in_C, t_T = c_C < K, n * C + i_T
     at_TC = ((head * N + n) * C + i_T[:, None]) * K + c_C[None, :]
     spent_TC = tl.load(spent_ptr + at_TC, (t_T < T)[:, None] & in_C[None, :], 0.0)
-    onward_TT = (i_T[None, :] >= i_T[:, None]).to(tl.float32)
-    dg_TC = tl.dot(onward_TT, spent_TC, input_precision="tf32x3")
+    dg_TC = _sums(i_T[None, :] >= i_T[:, None], spent_TC, before_ptr.dtype.element_ty)
     at_CV = (head * N + n) * K * V + c_C[:, None] * V + c_V[None, :]
     in_CV = in_C[:, None] & (c_V < V)[None, :]
     d_CV = tl.load(after_ptr + at_CV, in_CV, 0.0).to(tl.float32)
@@ -547,15 +548,14 @@ class _Launch:
         self.counts = (groups, self.chunks, tokens)
         self.tile: dict[str, Any] = {"K": dim, "V": width, "C": CHUNK, "BK": _block(dim), "BV": _block(width)}
         self.rows: dict[str, Any] = {"R": queries, "S": SUB, "BR": triton.next_power_of_2(queries)}
-        self.scan: dict[str, Any] = {"K": dim, "V": width, "E": elements, "A": 4, "num_warps": 4}
-        warps = WARPS or (4 if self.tile["BK"] * self.rows["BR"] <= 256 else 8)
-        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": STAGES, **self.tile, **self.rows}
+        self.scan: dict[str, Any] = {"K": dim, "V": width, "E": elements, "A": AHEAD, "num_warps": 4}
+        self.options: dict[str, Any] = {"num_warps": WARPS, "num_stages": STAGES, **self.tile, **self.rows}
         self.prefix, self.suffix = self.scratch(CHUNK, dim), self.scratch(CHUNK, dim)
         self.total, writes = self.scratch(dim), self.scratch(dim, width)
         self.before = self.scratch(dim, width, dtype=self.kind)
         _write[self.by_chunk](
             g_BTGL, write_BTGK, v_BTGV, writes, self.total, self.prefix, self.suffix, *self.counts,
-            L=g_BTGL.shape[3], S=SUB, num_warps=8, **self.tile,
+            L=g_BTGL.shape[3], S=SUB, num_warps=CHUNK_WARPS, **self.tile,
         )  # fmt: skip
         _scan[self.by_element](writes, self.total, self.before, self.chunks, BACKWARD=False, **self.scan)
 
@@ -642,7 +642,9 @@ def attention_sequence_backward(
     _keys[launch.by_sub_chunk](
         q, v, write, grad, after, *decays, spent, dv, dw, recurrent_weight, *launch.counts, **options
     )
-    _gates[launch.by_chunk](launch.before, after, spent, dg, *launch.counts, L=g.shape[3], num_warps=8, **launch.tile)
+    _gates[launch.by_chunk](
+        launch.before, after, spent, dg, *launch.counts, L=g.shape[3], num_warps=CHUNK_WARPS, **launch.tile
+    )
     return dq, dk, dv, dw, dg
 
 
