@@ -129,7 +129,9 @@ class Transformers:
 
     def prefill(self, tokens: list[int]) -> None:
         for start in range(0, len(tokens), 512):
-            self.cache = self._forward(tokens[start : start + 512]).past_key_values
+            out = self._forward(tokens[start : start + 512])
+            self.cache = out.past_key_values
+        out.logits.cpu()  # on a GPU the call above returns before the work is done
         self.seen += len(tokens)
 
     def step(self, token: int) -> None:

@@ -20,7 +20,7 @@ from liger_deploy.errors import UserError
 
 
 class Worker:
-    """A subject that was loaded, pinned to the first `threads` cores."""
+    """A subject that was loaded; on a CPU pinned to the first `threads` cores."""
 
     def __init__(
         self, kind: str, path: Path, threads: int, device: str, most: int, vocab: int, python: str, ops: str = ""
@@ -67,7 +67,7 @@ class Worker:
 
 def serve(kind: str, path: Path, threads: int, device: str, most: int, vocab: int) -> None:
     """Load the subject and answer standard input."""
-    if hasattr(os, "sched_setaffinity"):
+    if device == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
     from liger_deploy.bench.subjects import load
 
