@@ -97,7 +97,7 @@ def step(shape: dict[str, Any], peer_depths: list[int]) -> dict[str, Any]:
     figures: dict[str, Any] = {"weight_bytes": size}
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        options = ld.ExportOptions(dtype="bfloat16", batch=1, device="cuda", chunk=64)
+        options = ld.ExportOptions(dtype="bfloat16", batch=1, device="cuda", chunk=512)
         bundle = ld.export_bundle(model, "inductor", Path(folder) / "b", options)
         figures["export_s"] = time.perf_counter() - begin
         begin = time.perf_counter()
