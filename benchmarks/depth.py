@@ -1,9 +1,9 @@
 """One shape on every runtime and beside its peers, by depth: makes models, proves them, runs `liger-deploy benchmark`.
 
-    python -m benchmarks.depth tiny|291m|tiny_cuda [--threads N] [--folder DIR] [--peer-python PATH]
+    python -m benchmarks.depth tiny|291m|tiny_cuda|291m_cuda [--threads N] [--folder DIR] [--peer-python PATH]
 
 tiny: the embedded model, float32.  291m: a small Llama's shape, random weights, float32 and 4 bits, peers included.
-tiny_cuda: the embedded model, bfloat16, on a GPU.
+tiny_cuda, 291m_cuda: the same two in bfloat16 on a GPU.
 What is in --folder already is not made again. Writes benchmarks/results/depth_NAME.json, and docs/depth_NAME.png.
 """
 
@@ -35,11 +35,13 @@ BUNDLES = {
         ("inductor", "float32", "none"), ("inductor", "bfloat16", "none"),
     ],
     "tiny_cuda": [("inductor", "bfloat16", "none")],
+    "291m_cuda": [("inductor", "bfloat16", "none")],
 }  # fmt: skip
 PEERS = {
     "tiny": "transformers",
     "291m": "llama.cpp,onnxruntime-genai,transformers,transformers-bf16",
     "tiny_cuda": "transformers-bf16,transformers-compiled-bf16",
+    "291m_cuda": "transformers-bf16,transformers-compiled-bf16",
 }
 CONTEXTS = "128,1024,4096,16384"
 
@@ -54,7 +56,7 @@ def make(name: str, folder: Path) -> tuple[Path, list[Path]]:
     device, tiny = _device(name), name.startswith("tiny")
     base, model = (EMBEDDED.parent / "base", EMBEDDED) if tiny else (folder / "base", folder / "model")
     if not base.exists():
-        random_checkpoint(SHAPES[name], base)
+        random_checkpoint(SHAPES[name.removesuffix("_cuda")], base)
     if not model.exists():
         liger("convert", "--model", base, "--out", model)
     bundles = []

@@ -144,6 +144,7 @@ def _package(graphs: dict[str, Graph], path: Path) -> None:
     settings: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
     if platform.machine() == "x86_64" and hasattr(config.cpp, "march"):
         settings["cpp.march"] = _MARCH.get(torch.backends.cpu.get_cpu_capability(), "x86-64")
+        settings["cpp.vec_isa_ok"] = True  # what the processor has any g++ of this age knows: not tried, it takes long
     try:
         files = {name: aot_compile(*graph, options=settings) for name, graph in graphs.items()}
     except (InvalidCxxCompiler, InductorError) as error:
