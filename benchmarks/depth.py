@@ -32,7 +32,7 @@ BUNDLES = {
     "tiny": [("onnx", "float32", "none"), ("executorch", "float32", "none"), ("inductor", "float32", "none")],
     "291m": [
         ("onnx", "float32", "none"), ("onnx", "float32", "int4"), ("executorch", "float32", "int4"),
-        ("inductor", "float32", "none"), ("inductor", "bfloat16", "none"),
+        ("inductor", "float32", "none"), ("inductor", "bfloat16", "none"), ("inductor", "float32", "int8"),
     ],
     "tiny_cuda": [("inductor", "bfloat16", "none")],
     "291m_cuda": [("inductor", "bfloat16", "none")],
@@ -64,7 +64,7 @@ def make(name: str, folder: Path) -> tuple[Path, list[Path]]:
         bundles.append(folder / f"{target}-{dtype if quant == 'none' else quant}")
         if not bundles[-1].exists():
             options: tuple[object, ...] = ("--target", target, "--dtype", dtype, "--quant", quant)
-            if device == "cuda":
+            if target == "inductor":
                 options += ("--device", device, "--batch", 1)
             liger("export", "--model", model, "--out", bundles[-1], *options)
         if not (bundles[-1] / "parity.json").exists():

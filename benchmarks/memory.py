@@ -2,6 +2,7 @@
 
 python -m benchmarks.memory 1b    (Llama-3.2-1B, float32)
 python -m benchmarks.memory 3b    (Llama-3.2-3B, int4)
+python -m benchmarks.memory 1b_executorch    (Llama-3.2-1B on ExecuTorch, int4)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SHAPES["1b"] = {
 SHAPES["3b"] = SHAPES["1b"] | {
     "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128,
 }  # fmt: skip
-QUANT = {"1b": "none", "3b": "int4"}
+TARGETS = {"1b": ("onnx", "none"), "3b": ("onnx", "int4"), "1b_executorch": ("executorch", "int4")}
 
 
 def make(shape: str, out: str) -> None:
@@ -81,13 +82,15 @@ def main() -> None:
     name = sys.argv[1]
     with tempfile.TemporaryDirectory() as folder:
         base, liger, bundle = (str(Path(folder) / name) for name in ("base", "liger", "bundle"))
-        measure("benchmarks.memory", "make", name, base)
-        target = ("--target", "onnx", "--quant", QUANT[name])
+        measure("benchmarks.memory", "make", name.split("_")[0], base)
+        target, quant = TARGETS[name]
         size = sum(p.stat().st_size for p in Path(base).glob("*.safetensors"))
         figures = {
             "checkpoint_gb": round(size / 1e9, 2),
             "convert": measure("liger_deploy", "convert", "--model", base, "--out", liger),
-            "export": measure("liger_deploy", "export", *target, "--model", liger, "--out", bundle),
+            "export": measure(
+                "liger_deploy", "export", "--target", target, "--quant", quant, "--model", liger, "--out", bundle
+            ),
             "bundle_gb": round(sum(p.stat().st_size for p in Path(bundle).iterdir()) / 1e9, 2),
             "run": measure("benchmarks.memory", "step", bundle),
         }

@@ -65,8 +65,14 @@ def memory_3b() -> str:
     return _memory("3b", "int4")
 
 
-def _memory(size: str, bundle: str) -> str:
-    f, source = _result(f"memory_{size}")
+def memory_1b_executorch() -> str:
+    """Llama-3.2-1B's shape on ExecuTorch, 4 bits."""
+    return _memory("1b_executorch", "int4")
+
+
+def _memory(name: str, bundle: str) -> str:
+    f, source = _result(f"memory_{name}")
+    size = name.partition("_")[0]
     lines = [
         f"| {name} | {f[name]['peak_resident_gb']:.2f} GB | {f[name]['seconds']:.0f} s |"
         for name in ("convert", "export", "run")
@@ -118,6 +124,13 @@ def depth_tiny_cuda() -> str:
     return _depth("tiny_cuda", "The embedded model, bfloat16.")
 
 
+FINETUNED = {
+    "softmax": "softmax, scaled_dot_product_attention",
+    "liger kernels": "Liger-GLA",
+    "liger": "Liger-GLA, `--compile`",
+}
+
+
 def gpu_finetune() -> str:
     """LoRA on a GPU beside the softmax model's."""
     f, source = _result("gpu_finetune")
@@ -125,7 +138,7 @@ def gpu_finetune() -> str:
     lines = []
     for row in f["rows"]:
         first = base[row["length"]]
-        name = "softmax, scaled_dot_product_attention" if row is first else "Liger-GLA, `--compile`"
+        name = FINETUNED[row["kind"]]
         rate, memory = row["tokens_s"] / first["tokens_s"], row["peak_bytes"] / first["peak_bytes"]
         lines.append(
             f"| {name} | {row['length']:,} | {row['tokens_s']:,.0f} | {rate:.2f} | {row['peak_bytes'] / 1e9:.1f} GB "
@@ -134,6 +147,37 @@ def gpu_finetune() -> str:
     head = "| LoRA, bfloat16 | tokens a row | tokens/s | over softmax | peak | over softmax | first step |"
     note = "Llama-3.2-1B's shape, random weights, 8,192 tokens a step, rank 8 on q, k, v and o."
     return "\n".join([head, "|---" * 7 + "|", *lines, "", f"{note} {source}"])
+
+
+def gpu_sequence() -> str:
+    """One layer's mixing forward and backward, beside softmax attention's."""
+    f, source = _result("gpu_sequence")
+    names = {"1b": "Llama-3.2-1B", "8b": "Llama-3-8B"}
+    lines = []
+    for row in f["sequence"]:
+        ratio = row["sdpa_ms"] / row["ms"]
+        times = f"{row['ms']:.2f} ms | {row['sdpa_ms']:.2f} ms | {ratio:.2f}"
+        lines.append(f"| {names[row['shape']]} | {row['length']:,} | {times} |")
+    head = "| one layer, forward and backward | tokens a row | Liger-GLA, window included | softmax attention | ratio |"
+    whole, _ = _result("gpu_finetune")
+    step_s = next(r["step_s"] for r in whole["rows"] if (r["kind"], r["length"]) == ("softmax", 8192))
+    layers_s = 16 * next(r["sdpa_ms"] for r in f["sequence"] if (r["shape"], r["length"]) == ("1b", 8192)) / 1e3
+    note = (
+        f"8,192 tokens, bfloat16. Attention is {layers_s / step_s:.0%} of the softmax model's step at 8,192 tokens a row: "
+        f"a mixing that took no time at all would make it {step_s / (step_s - layers_s):.2f} times as fast."
+    )
+    return "\n".join([head, "|---" * 5 + "|", *lines, "", f"{note} {source}"])
+
+
+def gpu_finetune_two() -> str:
+    """Two GPUs against one."""
+    f, source = _result("gpu_finetune_two")
+    lines = [
+        f"| two GPUs, {name} | {f[f'largest relative difference of a weight, two, {name}']:.1e} |"
+        for name in ("copied", "sharded")
+    ]
+    head = f"| `finetune`, {f['steps']} steps, against one GPU | largest relative difference of an adapter's matrix |"
+    return "\n".join([head, "|---|---|", *lines, "", source])
 
 
 def executorch_profile() -> str:
@@ -354,6 +398,8 @@ TABLES: dict[str, Callable[[], str]] = {
         depth_tiny_cuda,
         executorch_profile,
         gpu_finetune,
+        gpu_finetune_two,
+        gpu_sequence,
         gpu_step,
         gpu_prefill,
         gpu_layer,
@@ -362,6 +408,7 @@ TABLES: dict[str, Callable[[], str]] = {
         drift,
         memory_1b,
         memory_3b,
+        memory_1b_executorch,
         state,
         recovery,
         recovery_setup,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from transformers import PreTrainedModel
 
 import liger_deploy as ld
 from liger_deploy.bundle import Bundle, Manifest
-from liger_deploy.export import inductor
+from liger_deploy.export import EMBEDDED, inductor
+from liger_deploy.export.linears import in_8_bits, of_one_row
 from liger_deploy.export.rewrites import merge_linears, step_linears
 from liger_deploy.runtimes import inductor as runtime
 from liger_deploy.text import Text
@@ -54,6 +58,75 @@ def test_rewrites_are_exact(name: str, chunk: int) -> None:
         assert "aten.linear.default" not in targets
     for ours, theirs in zip(run(graph.module), expected, strict=True):
         assert relative(ours, theirs) < MODEL
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_products_of_one_row_are_those_of_matrices(name: str) -> None:
+    """A traced step with every linear layer as sums of products, on random states."""
+    model = liger(family(name), window=6)
+    expected = inductor._trace(model, 1, 0, set())
+    with of_one_row(model):
+        ours = inductor._trace(model, 1, 0, set())
+    left = ours.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert len(left) == (2 if "moe" in name else 0)  # routers
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    torch.manual_seed(1)
+    random = [torch.randn_like(x) if x.is_floating_point() else torch.full_like(x, 7) for x in expected.arguments]
+    assert relative(ours.module(*(x.clone() for x in random)), expected.module(*random)) < MODEL
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "moe" not in name])
+def test_8_bits_stay_close_in_every_family(name: str) -> None:
+    model = liger(family(name), window=6)
+    ids = torch.arange(5, 45)[None]
+    assert relative(in_8_bits(model)(ids).logits, model(ids).logits) < 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_8_bits_share_what_was_tied(tied: bool) -> None:
+    model = liger(small_llama(tie_word_embeddings=tied))
+    ours = in_8_bits(model)
+    assert (ours.lm_head.table is ours.model.embed_tokens) == tied
+    table = ours.model.layers[0].mlp.down_proj.table
+    error = (table.rounded * table.scale - model.model.layers[0].mlp.down_proj.weight).abs()
+    assert (error <= 0.5001 * table.scale).all()  # half a step of the row
+    assert sum(p.numel() for p in ours.parameters()) < 0.02 * sum(p.numel() for p in model.parameters())
+
+
+def test_8_bits_do_not_reach_experts_and_no_gpu() -> None:
+    with pytest.raises(ld.UserError, match="--quant does not reach weight 'model.layers.0.mlp.experts"):
+        in_8_bits(liger(family("qwen3_moe")))
+    with pytest.raises(ld.UserError, match="--quant int8 on a CPU only"):
+        inductor._check_device("cuda", "int8")
+
+
+@pytest.mark.xdist_group("inductor")
+def test_the_trained_model_in_8_bits_passes_its_table(tmp_path: Path) -> None:
+    ld.export_bundle(None, "inductor", tmp_path / "b", ld.ExportOptions(quant="int8", batch=1))
+    assert [row for row in verify(tmp_path / "b", tokens=64) if not row.passed] == []
+    assert (tmp_path / "b" / "model.safetensors").stat().st_size < 0.3 * (EMBEDDED / "model.safetensors").stat().st_size
+
+
+LOGITS = """
+import sys
+import liger_deploy as ld
+session = ld.load_session(sys.argv[1], threads=int(sys.argv[2]))
+print(float(session.prefill([[5, 6, 7]]).sum()), float(session.step([8]).sum()))
+"""
+
+
+@pytest.mark.xdist_group("inductor")
+def test_a_package_takes_more_threads_than_its_maker_had(tmp_path: Path) -> None:
+    """Rows this wide are summed in parallel; a buffer for the exporting machine's threads would be overrun."""
+    model = liger(small_llama(hidden_size=4096, num_hidden_layers=1))
+    ld.export_bundle(model, "inductor", tmp_path / "b", ld.ExportOptions(batch=1, chunk=4))
+    found = []
+    for threads in (1, 4 * (os.cpu_count() or 1) + 3):
+        command = [sys.executable, "-c", LOGITS, str(tmp_path / "b"), str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append([float(word) for word in done.stdout.split()])
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-4)
 
 
 def test_a_llama_step_is_five_products_a_layer() -> None:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from liger_deploy.bundle import GraphInfo
 from liger_deploy.errors import UserError
 from liger_deploy.export.graph import dense_experts, quiet
+from liger_deploy.export.linears import in_8_bits, of_one_row
 from liger_deploy.export.rewrites import merge_linears, step_linears
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.attention import LigerAttention
@@ -63,13 +64,17 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     Raises:
         UserError: no GPU, or no C++ compiler that makes loadable packages, on this machine.
     """
-    _check_device(options.device)
+    _check_device(options.device, options.quant)
     if model.device.type != options.device:
         model = copy.deepcopy(model).to(options.device)  # type: ignore[arg-type]
     chunk, batch, gpu = options.chunk or CHUNK[options.device], options.batch or 0, _on_gpu(options.device)
+    if options.quant == "int8":
+        model = in_8_bits(model)
     rings = _ring_layers(model) if gpu else set()
     with quiet():
-        graphs = {"decode": _trace(model, batch, 0, rings), "prefill": _trace(model, batch, chunk, rings)}
+        with of_one_row(model) if batch == 1 and not gpu else contextlib.nullcontext():
+            graphs = {"decode": _trace(model, batch, 0, rings)}
+        graphs["prefill"] = _trace(model, batch, chunk, rings)
         if gpu:
             for graph in graphs.values():
                 merge_linears(graph.module)
@@ -142,6 +147,9 @@ def _package(graphs: dict[str, Graph], path: Path) -> None:
     from torch._inductor.package import package_aoti  # type: ignore[attr-defined]
 
     settings: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
+    # As many threads as the machine that runs it gives: else torch 2.13 takes them, and has room for this machine's
+    # alone, and a package crashes where there are more.
+    settings["cpp.dynamic_threads"] = True
     if platform.machine() == "x86_64" and hasattr(config.cpp, "march"):
         settings["cpp.march"] = _MARCH.get(torch.backends.cpu.get_cpu_capability(), "x86-64")
         settings["cpp.vec_isa_ok"] = True  # what the processor has any g++ of this age knows: not tried, it takes long
@@ -194,6 +202,8 @@ def _requirements(device: str) -> dict[str, str]:
     return {**found, "device": "cpu", "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str, quant: str) -> None:
+    if device == "cuda" and quant != "none":
+        raise UserError(f"target 'inductor' has --quant {quant} on a CPU only: leave it out, or use --device cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and a CUDA build of torch: this torch sees none")

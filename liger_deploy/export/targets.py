@@ -95,6 +95,6 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("onnx", "onnx", ONNX_PACKAGES, "onnx", ("float32",), QUANTS, ("cpu",), chunk=256),
         Target("executorch", "executorch", ("executorch",), "executorch", ("float32",), QUANTS, ("cpu",), 64, batch=1),
-        Target("inductor", "inductor", (), "", DTYPES, ("none",), ("cpu", "cuda"), chunk=0),
+        Target("inductor", "inductor", (), "", DTYPES, ("none", "int8"), ("cpu", "cuda"), chunk=0),
     )
 }
