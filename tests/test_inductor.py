@@ -94,7 +94,7 @@ def test_8_bits_share_what_was_tied(tied: bool) -> None:
 
 
 def test_8_bits_do_not_reach_experts_and_no_gpu() -> None:
-    with pytest.raises(ld.UserError, match="--quant does not reach weight 'model.layers.0.mlp.experts"):
+    with pytest.raises(ld.UserError, match=r"--quant does not reach weight 'model.layers.0.mlp\.experts"):
         in_8_bits(liger(family("qwen3_moe")))
     with pytest.raises(ld.UserError, match="--quant int8 on a CPU only"):
         inductor._check_device("cuda", "int8")

@@ -95,7 +95,7 @@ def of_one_row(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, nn.Linear | Int8Linear):
                 stack.callback(module.__dict__.pop, "forward")
-                module.forward = partial(_one_row, module)
+                module.__dict__["forward"] = partial(_one_row, module)
         yield
 
 
