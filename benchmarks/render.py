@@ -163,8 +163,8 @@ def gpu_sequence() -> str:
     step_s = next(r["step_s"] for r in whole["rows"] if (r["kind"], r["length"]) == ("softmax", 8192))
     layers_s = 16 * next(r["sdpa_ms"] for r in f["sequence"] if (r["shape"], r["length"]) == ("1b", 8192)) / 1e3
     note = (
-        f"8,192 tokens, bfloat16. Attention is {layers_s / step_s:.0%} of the 1B softmax model's step at 8,192 tokens a "
-        f"row: a mixing that took no time at all would make it {step_s / (step_s - layers_s):.2f} times as fast."
+        f"8,192 tokens, bfloat16. Attention is {layers_s / step_s:.0%} of the 1B softmax model's step at 8,192 tokens "
+        f"a row: a mixing that took no time at all would make it {step_s / (step_s - layers_s):.2f} times as fast."
     )
     return "\n".join([head, "|---" * 5 + "|", *lines, "", f"{note} {source}"])
 
