@@ -35,10 +35,11 @@ SELECTED = 512  # widest window whose last entries are taken by a product with a
 class Delegated(nn.Module):
     """A `StepModel` or `PrefillModel` whose layers run, and are traced, in this form, for exactly `tokens` tokens.
 
-    Layers that have no such form (GSA, LoLCATs, attention sinks) keep their own.
+    Layers that have no such form (GSA, LoLCATs, attention sinks) keep their own. `core_ml`: that compiler
+    fails on a mean as a product with a constant row, and on a gather by a computed index.
     """
 
-    def __init__(self, program: StepModel | PrefillModel, tokens: int) -> None:
+    def __init__(self, program: StepModel | PrefillModel, tokens: int, core_ml: bool = False) -> None:
         super().__init__()
         self.program = program
         self.constants = Constants()
@@ -46,9 +47,10 @@ class Delegated(nn.Module):
         layers = [x for x in program.modules() if isinstance(x, LigerAttention) and has_one_node(x.liger)]
         self._layers = [(x, _layer_constants(self.constants, x, tokens)) for x in layers]
         weights = [x for x in program.parameters() if x.dim() == 1]
-        widths = {x.numel() for x in weights} | {x.head_dim for x in layers}
+        widths = {x.numel() for x in weights} | {x.head_dim for x in layers} if not core_ml else set()
         dtypes = {torch.float32, *(x.dtype for x in weights)}
         rows = {(width, dtype): torch.full((1, width), 1 / width, dtype=dtype) for width in widths for dtype in dtypes}
+        self._places = self.constants.add(torch.arange(float(tokens))) if core_ml else ""
         self._means = {key: self.constants.add(row) for key, row in rows.items()}
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -59,7 +61,8 @@ class Delegated(nn.Module):
         for layer, names in self._layers:
             layer.after_state = _Form(masks, sums, LayerConstants(*map(read, names)))
         try:
-            with _Replaced({key: read(name) for key, name in self._means.items()}):
+            places = read(self._places) if self._places else None
+            with _Replaced({key: read(name) for key, name in self._means.items()}, places):
                 out: tuple[Tensor, ...] = self.program(*inputs)
         finally:
             for (layer, _), after_state in zip(self._layers, before, strict=True):
@@ -276,13 +279,13 @@ def _split(out_NXV: Tensor, batch: int, groups: int, queries: int, tokens: int) 
 
 
 class _Replaced(TorchFunctionMode):
-    """Two functions of Hugging Face's modules in other words: the mean over the last dimension (every RMSNorm's) as a
-    product with a constant row, and GELU's tanh form written out, which XNNPACK would silently compute as the erf form,
-    wrong by 5e-4."""
+    """Functions in other words: the mean over the last dimension (every RMSNorm's) as a product with a constant row,
+    GELU's tanh form written out, which XNNPACK would silently compute as the erf form, wrong by 5e-4, and, given the
+    tokens' `places`, the gather of one token as a product with a one-hot row."""
 
-    def __init__(self, rows: dict[tuple[int, torch.dtype], Tensor]) -> None:
+    def __init__(self, rows: dict[tuple[int, torch.dtype], Tensor], places_T: Tensor | None) -> None:
         super().__init__()
-        self._rows = rows
+        self._rows, self._places_T = rows, places_T
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -292,6 +295,10 @@ class _Replaced(TorchFunctionMode):
             row = self._rows.get((args[0].shape[-1], args[0].dtype))
             if row is not None:
                 return F.linear(args[0], row)
+        if func is torch.Tensor.gather and self._places_T is not None and args[1] == 1:
+            hidden_BTD, _, index_B1D = args
+            only_B1T = 1 - (self._places_T - index_B1D[:, :, :1].float()).abs().clamp(max=1)
+            return torch.bmm(only_B1T.to(hidden_BTD.dtype), hidden_BTD)
         if func is F.gelu and kwargs.get("approximate") == "tanh":
             x = args[0]
             return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
