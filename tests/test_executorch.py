@@ -68,12 +68,14 @@ def test_the_delegated_form_is_the_model(name: str, structure: str) -> None:
         for valid in ([12, 3], [12, 7]):
             inputs = (torch.randint(3, 97, (2, 12)), torch.tensor(valid), *state)
             expected = prefill(*inputs)
-            for ours, theirs in zip(Delegated(prefill, 12)(*inputs), expected, strict=True):
-                assert relative(ours, theirs) < MODEL
+            for core_ml in (False, True):
+                for ours, theirs in zip(Delegated(prefill, 12, core_ml)(*inputs), expected, strict=True):
+                    assert relative(ours, theirs) < MODEL
             state = expected[1:]
         inputs = (torch.tensor([5, 6]), *state)
-        for ours, theirs in zip(Delegated(step, 1)(*inputs), step(*inputs), strict=True):
-            assert relative(ours, theirs) < MODEL
+        for core_ml in (False, True):
+            for ours, theirs in zip(Delegated(step, 1, core_ml)(*inputs), step(*inputs), strict=True):
+                assert relative(ours, theirs) < MODEL
 
 
 def test_a_wide_window_keeps_its_last_entries() -> None:
@@ -146,13 +148,52 @@ def test_what_does_not_load_says_why(bundle: Path, tmp_path: Path, capfd: pytest
 
 def test_layers_are_delegated_whole(bundle: Path) -> None:
     """Counted in the program itself: pieces of the graph that XNNPACK runs do not grow with the number of layers."""
+    delegates, outside = split(bundle)
+    assert delegates == {"decode": ["XnnpackBackend"] * 4, "prefill": ["XnnpackBackend"] * 7}
+    assert not outside & {"aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::_softmax", "aten::exp"}
+
+
+def split(bundle: Path) -> tuple[dict[str, list[str]], set[str]]:
+    """The delegates of each method of a program, and the operators that stayed outside of them."""
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     program = deserialize_pte_binary((bundle / "model.pte").read_bytes()).program
-    delegates = {plan.name: len(plan.delegates) for plan in program.execution_plan}
-    assert delegates == {"decode": 4, "prefill": 7}
-    outside = {op.name for plan in program.execution_plan for op in plan.operators}
-    assert not outside & {"aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::_softmax", "aten::exp"}
+    delegates = {plan.name: [delegate.id for delegate in plan.delegates] for plan in program.execution_plan}
+    return delegates, {op.name for plan in program.execution_plan for op in plan.operators}
+
+
+def test_a_program_without_delegates_runs(tmp_path: Path) -> None:
+    """`--backend portable`."""
+    model = liger(small_llama(num_hidden_layers=1), window=6)
+    options = ld.ExportOptions(backend="portable", chunk=8)
+    bundle = ld.export_bundle(model, "executorch", tmp_path / "b", options)
+    assert split(bundle.path)[0] == {"decode": [], "prefill": []}
+    assert bundle.manifest.graph.requires == {}
+    rows = compare(ld.load_session(bundle), ld.EagerSession(model), list(range(5, 35)), 8)
+    assert [row for row in rows if not row.passed] == []
+
+
+@pytest.mark.parametrize(("name", "registered"), [("coreml", "CoreMLBackend"), ("vulkan", "VulkanBackend")])
+def test_other_delegates_are_lowered_ahead_of_time(name: Any, registered: str, tmp_path: Path) -> None:
+    """They do not run here, and the session says so: the program is only looked at."""
+    model = liger(small_llama(num_hidden_layers=1), window=6)
+    bundle = ld.export_bundle(model, "executorch", tmp_path / "b", ld.ExportOptions(backend=name, chunk=8))
+    delegates, outside = split(bundle.path)
+    assert {x for names in delegates.values() for x in names} == {registered}
+    assert not outside & {"aten::mm", "aten::bmm", "aten::addmm", "aten::linear"}
+    if name == "coreml":
+        assert delegates == {"decode": [registered], "prefill": [registered]}
+        assert not outside
+    assert bundle.manifest.graph.requires == {"backend": registered}
+    with pytest.raises(ld.UserError, match=f"was lowered for {registered}, and this build of ExecuTorch has"):
+        ld.load_session(bundle)
+
+
+def test_backends_refuse_what_they_do_not_take(tmp_path: Path) -> None:
+    with pytest.raises(ld.UserError, match="--backend coreml does not take --quant int4: choose none"):
+        ld.export_bundle(None, "executorch", tmp_path / "b", ld.ExportOptions(backend="coreml", quant="int4"))
+    with pytest.raises(ld.UserError, match="target 'onnx' has no --backend vulkan"):
+        ld.export_bundle(None, "onnx", tmp_path / "b", ld.ExportOptions(backend="vulkan"))
 
 
 # What has no delegated form, or only in part: lowered from the plain one.
@@ -189,12 +230,13 @@ def test_extreme_gates_survive_the_delegate(tmp_path: Path) -> None:
         assert relative(ours.state().tensors[name], tensor) < MODEL
 
 
-def test_four_bits_stay_close(tmp_path: Path) -> None:
-    bundle = ld.export_bundle(EMBEDDED, "executorch", tmp_path / "b", ld.ExportOptions(quant="int4", chunk=16))
+@pytest.mark.parametrize(("quant", "least", "size"), [("int4", 1e-3, 3.4e6), ("int8", 1e-6, 3.6e6)])
+def test_fewer_bits_stay_close(quant: Any, least: float, size: float, tmp_path: Path) -> None:
+    bundle = ld.export_bundle(EMBEDDED, "executorch", tmp_path / "b", ld.ExportOptions(quant=quant, chunk=16))
     rows = {row.check: row for row in verify(bundle.path)}
     assert [row.check for row in rows.values() if not row.passed] == []
-    assert rows["mean divergence (KL, nats a token)"].value > 1e-3  # it is quantized
-    assert bundle.manifest.files["model.pte"].size < 3.4e6  # float32: 10.7 MB
+    assert rows["mean divergence (KL, nats a token)"].value > least  # it is quantized
+    assert bundle.manifest.files["model.pte"].size < size  # float32: 10.7 MB
 
 
 def test_what_quantization_does_not_reach_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 import liger_deploy as ld
+from liger_deploy.errors import BundleError
 from liger_deploy.export.graph import trace_prefill
 from liger_deploy.model.step import PrefillModel
 from liger_deploy.runtimes.session import BaseSession
 from liger_deploy.text import Text
 from liger_deploy.verify import compare
-from tests.conftest import relative, small_llama
+from tests.conftest import relative, relisted, small_llama
 from tests.tolerances import MODEL
 
 
@@ -116,6 +118,18 @@ def test_opset_and_operator(tiny_bundle: Path) -> None:
     (body,) = model.functions
     assert (body.domain, body.name) == ("liger", "Attention")
     assert sum(node.op_type == "LinearAttention" for node in body.node) == 1
+
+
+def test_a_graph_newer_than_the_runtime_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    """What an older ONNX Runtime meets: an opset that it does not know."""
+    copy = shutil.copytree(tiny_bundle, tmp_path / "b")
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    next(o for o in model.opset_import if not o.domain).version = 99
+    onnx.save(model, copy / "model.onnx")
+    with pytest.raises(BundleError, match=r"does not load in onnxruntime \d") as failure:
+        ld.load_session(relisted(copy))
+    assert "99" in str(failure.value)
+    assert "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize("options", [{"batch": 2}, {"chunk": 16}, {"chunk": 1}], ids=str)

@@ -10,7 +10,7 @@ from pathlib import Path
 from liger_deploy import cli
 from liger_deploy.errors import UserError
 from liger_deploy.export import EMBEDDED, ExportOptions, export_bundle
-from liger_deploy.export.targets import TARGETS
+from liger_deploy.export.targets import BACKENDS, TARGETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", help="rows the graph takes: a number or 'dynamic' (default: the latter, but 1 on executorch)"
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--backend", default="", choices=BACKENDS, help="what an executorch program is lowered for (default: xnnpack)"
+    )
     parser.add_argument("--chunk", type=int, default=0, help="most tokens a prefill call takes")
 
 
@@ -31,7 +34,7 @@ def export(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     out = arguments.out or Path(f"bundle-{arguments.target}")
     options = ExportOptions(
-        arguments.dtype, arguments.quant, _batch(arguments.batch), arguments.device, arguments.chunk
+        arguments.dtype, arguments.quant, _batch(arguments.batch), arguments.device, arguments.chunk, arguments.backend
     )
     bundle = export_bundle(arguments.model or EMBEDDED, arguments.target, out, options)
     size = sum(info.size for info in bundle.manifest.files.values())

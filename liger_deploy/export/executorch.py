@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from liger_deploy.bundle import GraphInfo
 from liger_deploy.errors import UserError
+from liger_deploy.export.backends import Backend, backend
 from liger_deploy.export.delegated import Delegated
 from liger_deploy.export.graph import check_program, dense_experts, quiet
 from liger_deploy.export.targets import ExportOptions
@@ -33,37 +34,39 @@ LONGEST = 64  # tokens of one prefill call: `delegated.py` holds a decay for eac
 def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> GraphInfo:
     """Write `model.pte` into `directory`. Options are those the target's row allows."""
     state, chunk, batch = describe(model, "executorch").graph.state, min(options.chunk, LONGEST), options.batch or 1
+    name = options.backend or "xnnpack"
+    row = backend(name, options.quant)
     with quiet():
         if options.quant != "none":
             model = _quantized(model, options.quant)
-        programs = {"decode": _trace(model, batch, 0), "prefill": _trace(model, batch, chunk)}
-        _emit(programs, directory / MODEL)
-    return GraphInfo({"model": MODEL}, chunk, batch, state)
+        chunks = {"decode": 0, "prefill": chunk}
+        programs = {method: _trace(model, batch, tokens, name == "coreml") for method, tokens in chunks.items()}
+        _emit(programs, directory / MODEL, row)
+    return GraphInfo({"model": MODEL}, chunk, batch, state, {"backend": row.name} if row.name else {})
 
 
-def _trace(model: PreTrainedModel, batch: int, chunk: int) -> ExportedProgram:
+def _trace(model: PreTrainedModel, batch: int, chunk: int, core_ml: bool = False) -> ExportedProgram:
     """The decode method, or the prefill method for `chunk` tokens."""
     program = PrefillModel(model).eval() if chunk else StepModel(model).eval()
     tokens = (torch.zeros(batch, chunk, dtype=torch.long), torch.full((batch,), chunk))
     inputs = tokens if chunk else (torch.zeros(batch, dtype=torch.long),)
     arguments = (*inputs, *program.zeros(batch))
     with torch.no_grad(), dense_experts(model):
-        traced = torch.export.export(Delegated(program, chunk or 1).eval(), arguments, strict=False)
+        traced = torch.export.export(Delegated(program, chunk or 1, core_ml).eval(), arguments, strict=False)
     check_program(traced, len(arguments), 1 + len(program.spec.tensors))
     return traced
 
 
-def _emit(programs: dict[str, ExportedProgram], path: Path) -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+def _emit(programs: dict[str, ExportedProgram], path: Path, row: Backend) -> None:
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
     # Dim-order operators are a second set of copies that the stock kernels of XNNPACK builds do not need.
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-    edge = to_edge_transform_and_lower(programs, partitioner=[XnnpackPartitioner()], compile_config=config)
+    edge = to_edge_transform_and_lower(programs, partitioner=row.partitioners(), compile_config=config)
     # The last pass folds the quantized embedding into one operator.
-    backend = ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True)
+    last = ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True)
     with path.open("wb") as file:
-        edge.to_executorch(backend).write_to_file(file)
+        edge.to_executorch(last).write_to_file(file)
 
 
 def _quantized(model: PreTrainedModel, quant: str) -> PreTrainedModel:

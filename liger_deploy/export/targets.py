@@ -19,6 +19,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Quant = Literal["none", "int8", "int4"]
 QUANTS = ("none", "int8", "int4")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+BACKENDS = ("xnnpack", "coreml", "vulkan", "portable")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -32,6 +33,7 @@ class ExportOptions:
         batch: rows the graph takes; 0 for any number; None takes the target's default.
         device: where the bundle will run.
         chunk: most tokens a prefill call takes; 0 takes the target's default.
+        backend: what a program of the executorch target is lowered for; empty takes its default, XNNPACK.
     """
 
     dtype: Dtype = "float32"
@@ -39,6 +41,7 @@ class ExportOptions:
     batch: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     chunk: int = 0
+    backend: Literal["", "xnnpack", "coreml", "vulkan", "portable"] = ""
 
 
 Lower = Callable[["PreTrainedModel", Path, ExportOptions], "GraphInfo"]
@@ -55,6 +58,7 @@ class Target:
         dtypes, quants, devices: what the lowering supports; the rest is refused.
         chunk: default of `ExportOptions.chunk`; 0 where that depends on the device.
         batch: default of `ExportOptions.batch`; if it is not 0, the number of rows is fixed at export.
+        backends: what `ExportOptions.backend` may be, the default first.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Target:
     devices: tuple[str, ...]
     chunk: int
     batch: int = 0
+    backends: tuple[str, ...] = ("",)
 
     def lower(self) -> Lower:
         """The lowering function. Raises UserError when a package it needs is not installed."""
@@ -84,6 +89,8 @@ class Target:
         for name, values in allowed.items():
             if (value := getattr(options, name)) not in values:
                 raise UserError(f"target {self.name!r} does not support --{name} {value}: choose {' or '.join(values)}")
+        if options.backend and options.backend not in self.backends:
+            raise UserError(f"target {self.name!r} has no --backend {options.backend}")
         if options.batch == 0 and self.batch:
             raise UserError(f"target {self.name!r} fixes the number of rows at export: give --batch a number")
         if (options.batch or 0) < 0 or not 0 <= options.chunk <= 1024:
@@ -94,7 +101,9 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("onnx", "onnx", ONNX_PACKAGES, "onnx", ("float32",), QUANTS, ("cpu",), chunk=256),
-        Target("executorch", "executorch", ("executorch",), "executorch", ("float32",), QUANTS, ("cpu",), 64, batch=1),
+        Target(
+            "executorch", "executorch", ("executorch",), "executorch", ("float32",), QUANTS, ("cpu",), 64, 1, BACKENDS
+        ),
         Target("inductor", "inductor", (), "", DTYPES, ("none", "int8"), ("cpu", "cuda"), chunk=0),
     )
 }

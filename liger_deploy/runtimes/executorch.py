@@ -38,8 +38,9 @@ class ExecuTorchSession(BaseSession):
         self._tensors: tuple[torch.Tensor, ...] = ()
         import executorch.kernels.quantized  # noqa: F401  (registers its operators with the runtime)
 
-        _set_threads(threads)
         path = str(bundle.file("model"))
+        _check_backend(path, self.manifest.graph.requires.get("backend", ""))
+        _set_threads(threads)
         with _captured_log() as log:
             try:
                 self._program = Runtime.get().load_program(path)
@@ -86,6 +87,18 @@ class ExecuTorchSession(BaseSession):
 
     def _clear(self) -> None:
         self._tensors = ()
+
+
+def _check_backend(path: str, needed: str) -> None:
+    """The runtime has the delegate that the program was lowered for."""
+    from executorch.runtime import Runtime
+
+    names = Runtime.get().backend_registry.registered_backend_names
+    if needed and needed not in names:
+        raise UserError(
+            f"{path} was lowered for {needed}, and this build of ExecuTorch has {', '.join(names)}: "
+            "run it where that is, or export with --backend xnnpack"
+        )
 
 
 _pool: list[int] = []  # how many threads the pool has, once a program was loaded
