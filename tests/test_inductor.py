@@ -104,7 +104,10 @@ def test_8_bits_do_not_reach_experts_and_no_gpu() -> None:
 def test_the_trained_model_in_8_bits_passes_its_table(tmp_path: Path) -> None:
     ld.export_bundle(None, "inductor", tmp_path / "b", ld.ExportOptions(quant="int8", batch=1))
     assert [row for row in verify(tmp_path / "b", tokens=64) if not row.passed] == []
-    assert (tmp_path / "b" / "model.safetensors").stat().st_size < 0.3 * (EMBEDDED / "model.safetensors").stat().st_size
+    bfloat16 = (EMBEDDED / "model.safetensors").stat().st_size
+    assert (
+        tmp_path / "b" / "model.safetensors"
+    ).stat().st_size < 0.85 * bfloat16  # RoPE tables are float32 and included
 
 
 LOGITS = """
