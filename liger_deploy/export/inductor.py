@@ -147,8 +147,8 @@ def _package(graphs: dict[str, Graph], path: Path) -> None:
     from torch._inductor.package import package_aoti  # type: ignore[attr-defined]
 
     settings: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
-    # As many threads as the machine that runs it gives. Else torch 2.13 takes them, but has room for this machine's alone:
-    # a package crashes where there are more. And compiled on one thread, what is not parallel would be done by each.
+    # As many threads as the machine that runs it gives. Else torch 2.13 takes them, but has room for this machine's
+    # alone: a package crashes where there are more. And compiled for one, what is not parallel would be done by each.
     settings |= {"cpp.dynamic_threads": True, "cpp.threads": max(2, torch.get_num_threads())}
     if platform.machine() == "x86_64" and hasattr(config.cpp, "march"):
         settings["cpp.march"] = _MARCH.get(torch.backends.cpu.get_cpu_capability(), "x86-64")
