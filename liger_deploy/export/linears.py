@@ -59,7 +59,8 @@ def in_8_bits(model: PreTrainedModel) -> PreTrainedModel:
     tables: dict[int, Int8Table] = {}
     swapped = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     for module in swapped.values():
-        tables.setdefault(module.weight.data_ptr(), Int8Table(module.weight))
+        if module.weight.data_ptr() not in tables:
+            tables[module.weight.data_ptr()] = Int8Table(module.weight)
     for name, weight in model.named_parameters():
         if weight.dim() > 1 and ".lolcats." not in name and weight.data_ptr() not in tables:
             raise UserError(f"--quant does not reach weight {name!r} {list(weight.shape)}: export with --quant none")
@@ -89,8 +90,8 @@ def _factor(embedding: nn.Embedding) -> float:
 
 @contextlib.contextmanager
 def of_one_row(model: nn.Module) -> Iterator[None]:
-    """While it lasts, every linear layer takes one row: Inductor makes of it one pass over the weights in the order of
-    memory, where the matrix products that it would call reach half of the memory's speed."""
+    """While it lasts, linear layers that are given one row have a form for it: Inductor makes of it one pass over the
+    weights in the order of memory, where the matrix products that it would call reach half of the memory's speed."""
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.Linear | Int8Linear):
@@ -100,6 +101,9 @@ def of_one_row(model: nn.Module) -> Iterator[None]:
 
 
 def _one_row(linear: nn.Linear | Int8Linear, x: Tensor) -> Tensor:
+    if x.numel() != x.shape[-1]:  # several after all, in some model's own layer
+        rows: Tensor = type(linear).forward(linear, x)  # type: ignore[arg-type]
+        return rows
     row_D = x.float().flatten()
     if isinstance(linear, Int8Linear):
         y_N = (linear.table.rounded.float() * row_D).sum(-1) * linear.table.scale[:, 0]
