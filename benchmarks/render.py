@@ -245,8 +245,8 @@ def depth_bandwidth() -> str:
             lines.append(f"| {one['label']} | {' | '.join(shares)} |")
     note = (
         f"A plain read reached {f['read_bandwidth_bytes_s'] / 1e9:.1f} GB/s once, before the steps, and the machine's "
-        "speed drifts. 10 % to 17 % of a file is the input embedding, of which a step reads one row: it reads that much "
-        "less than the table says."
+        "speed drifts. 10 % to 17 % of a file is the input embedding, of which a step reads one row: it reads that "
+        "much less than the table says."
     )
     where = re.sub("`.*?`, ", "", source, count=1)
     return "\n".join([head, "|---" * (len(f["contexts"]) + 1) + "|", *lines, "", f"{note} {where}"])
