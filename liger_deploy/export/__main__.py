@@ -10,7 +10,8 @@ from pathlib import Path
 from liger_deploy import cli
 from liger_deploy.errors import UserError
 from liger_deploy.export import EMBEDDED, ExportOptions, export_bundle
-from liger_deploy.export.targets import BACKENDS, TARGETS
+from liger_deploy.export.backends import BACKENDS
+from liger_deploy.export.targets import TARGETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
-        "--backend", default="", choices=BACKENDS, help="what an executorch program is lowered for (default: xnnpack)"
+        "--backend",
+        default="",
+        choices=tuple(BACKENDS),
+        help="what an executorch program is lowered for (default: xnnpack)",
     )
     parser.add_argument("--chunk", type=int, default=0, help="most tokens a prefill call takes")
 

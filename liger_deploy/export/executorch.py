@@ -22,6 +22,7 @@ from liger_deploy.errors import UserError
 from liger_deploy.export.backends import Backend, backend
 from liger_deploy.export.delegated import Delegated
 from liger_deploy.export.graph import check_program, dense_experts, quiet
+from liger_deploy.export.linears import check_reach
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.describe import describe
 from liger_deploy.model.step import PrefillModel, StepModel
@@ -77,7 +78,9 @@ def _quantized(model: PreTrainedModel, quant: str) -> PreTrainedModel:
     from torchao.quantization.granularity import PerAxis, PerGroup
     from torchao.quantization.quant_api import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
 
-    _check_reach(model, quant)
+    check_reach(model)
+    if quant == "int4":
+        _check_groups(model)
     model = copy.deepcopy(model)
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())  # tied to the embedding, which gets a form of its own
@@ -94,13 +97,8 @@ def _quantized(model: PreTrainedModel, quant: str) -> PreTrainedModel:
     return model
 
 
-def _check_reach(model: PreTrainedModel, quant: str) -> None:
-    """Every large weight is a Linear's or an Embedding's, and divides into groups."""
-    reached = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+def _check_groups(model: PreTrainedModel) -> None:
+    """Every matrix divides into groups."""
     for name, weight in model.named_parameters():
-        if ".lolcats." in name or weight.dim() < 2:
-            continue
-        if id(weight) not in reached:
-            raise UserError(f"--quant does not reach weight {name!r} {list(weight.shape)}: export with --quant none")
-        if quant == "int4" and weight.shape[-1] % GROUP:
+        if weight.dim() > 1 and ".lolcats." not in name and weight.shape[-1] % GROUP:
             raise UserError(f"--quant int4 needs rows in groups of {GROUP}, {name!r} has {weight.shape[-1]} columns")

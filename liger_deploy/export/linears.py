@@ -24,8 +24,9 @@ class Int8Table(nn.Module):
 
     def __init__(self, weight_ND: Tensor) -> None:
         super().__init__()
-        scale_N1 = (weight_ND.detach().float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-        rounded_ND = (weight_ND.detach().float() / scale_N1).round().to(torch.int8)
+        exact_ND = weight_ND.detach().float()
+        scale_N1 = (exact_ND.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+        rounded_ND = (exact_ND / scale_N1).round().to(torch.int8)
         self.dtype, self.factor = weight_ND.dtype, 1.0
         self.rounded: Tensor
         self.scale: Tensor
@@ -50,20 +51,30 @@ class Int8Linear(nn.Module):
         return F.linear(x, weight_ND, self.bias)
 
 
+def check_reach(model: PreTrainedModel) -> None:
+    """Every matrix is a linear layer's or an embedding's, LoLCATs' small maps aside.
+
+    Raises:
+        UserError: one that is not (the experts of a mixture).
+    """
+    reached = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and ".lolcats." not in name and id(weight) not in reached:
+            raise UserError(f"--quant does not reach weight {name!r} {list(weight.shape)}: export with --quant none")
+
+
 def in_8_bits(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model with its linear layers and embedding in 8 bits; a tied head still shares the embedding's.
 
     Raises:
         UserError: a large weight that is neither (the experts of a mixture).
     """
+    check_reach(model)
     tables: dict[int, Int8Table] = {}
     swapped = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     for module in swapped.values():
         if module.weight.data_ptr() not in tables:
             tables[module.weight.data_ptr()] = Int8Table(module.weight)
-    for name, weight in model.named_parameters():
-        if weight.dim() > 1 and ".lolcats." not in name and weight.data_ptr() not in tables:
-            raise UserError(f"--quant does not reach weight {name!r} {list(weight.shape)}: export with --quant none")
     left = {id(module.weight): None for module in swapped.values()}
     copied: PreTrainedModel = copy.deepcopy(model, left)  # without the matrices
     for name, module in swapped.items():

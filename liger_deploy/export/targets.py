@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from liger_deploy.errors import UserError
+from liger_deploy.export.backends import BACKENDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +20,6 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Quant = Literal["none", "int8", "int4"]
 QUANTS = ("none", "int8", "int4")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-BACKENDS = ("xnnpack", "coreml", "vulkan", "portable")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -58,7 +58,7 @@ class Target:
         dtypes, quants, devices: what the lowering supports; the rest is refused.
         chunk: default of `ExportOptions.chunk`; 0 where that depends on the device.
         batch: default of `ExportOptions.batch`; if it is not 0, the number of rows is fixed at export.
-        backends: what `ExportOptions.backend` may be, the default first.
+        backends: what `ExportOptions.backend` may be.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Target:
     devices: tuple[str, ...]
     chunk: int
     batch: int = 0
-    backends: tuple[str, ...] = ("",)
+    backends: tuple[str, ...] = ()
 
     def lower(self) -> Lower:
         """The lowering function. Raises UserError when a package it needs is not installed."""
@@ -102,7 +102,16 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("onnx", "onnx", ONNX_PACKAGES, "onnx", ("float32",), QUANTS, ("cpu",), chunk=256),
         Target(
-            "executorch", "executorch", ("executorch",), "executorch", ("float32",), QUANTS, ("cpu",), 64, 1, BACKENDS
+            "executorch",
+            "executorch",
+            ("executorch",),
+            "executorch",
+            ("float32",),
+            QUANTS,
+            ("cpu",),
+            64,
+            1,
+            tuple(BACKENDS),
         ),
         Target("inductor", "inductor", (), "", DTYPES, ("none", "int8"), ("cpu", "cuda"), chunk=0),
     )

@@ -42,7 +42,13 @@ from liger_deploy.model.kernels.sequence_recurrence import (
     _scan,
     _write,
 )  # fmt: skip
-from liger_deploy.model.kernels.sequence_window import _table, _turned, _window_keys, _window_queries
+from liger_deploy.model.kernels.sequence_window import (
+    _table,
+    _turned,
+    _window_block,
+    _window_keys,
+    _window_queries,
+)
 
 CHUNK, SUB, KEYS = 64, 16, 32  # C, S, J
 SCAN, AHEAD = 128, 8  # elements of a state that a program scans, chunks that it asks for at once
@@ -74,19 +80,12 @@ def _read(
     near_XV, total_X = tl.zeros([BR * S, BV], tl.float32), tl.zeros([BR * S], tl.float32)
     top_X = tl.full([BR * S], -1e30, tl.float32)
     for start in range(0, W + S, J):
-        u_J = start + tl.arange(0, J)
-        token_J = first - W + u_J
-        in_J = (token_J >= 0) & (token_J < T) & (u_J < W + S)
-        at_J1 = (row * T + token_J[:, None]) * G + group
-        cos_JC, sin_JC = _table(cos_ptr, sin_ptr, u_J, in_J, c_C, ROTARY)
-        keys_JC = _turned(k_ptr + at_J1 * K, cos_JC, sin_JC, in_J[:, None] & in_C, c_C, ROTARY)
-        segment_J = tl.load(segment_ptr + row * T + token_J, in_J, 0)
-        seen_XJ = (u_J[None, :] > i_X[:, None]) & (u_J[None, :] <= W + i_X[:, None])
-        seen_XJ = seen_XJ & (segment_X[:, None] == segment_J[None, :]) & (segment_J > 0)[None, :]
-        scores_XJ = tl.where(seen_XJ, _dot(turned_XC, tl.trans(keys_JC), kind) * scale, float("-inf"))
+        scores_XJ, _, v_JV = _window_block(
+            turned_XC, segment_X, k_ptr, v_ptr, segment_ptr, cos_ptr, sin_ptr, start, first, row, group,
+            i_X, c_C, c_V, scale, G, T, kind, K, V, W, ROTARY, S, J,
+        )  # fmt: skip
         newer_X = tl.maximum(top_X, tl.max(scores_XJ, 1))
         weights_XJ, fade_X = tl.exp(scores_XJ - newer_X[:, None]), tl.exp(top_X - newer_X)
-        v_JV = tl.load(v_ptr + at_J1 * V + c_V[None, :], in_J[:, None] & in_V, 0.0).to(tl.float32)
         near_XV = near_XV * fade_X[:, None] + _dot(weights_XJ, v_JV, kind)
         total_X = total_X * fade_X + tl.sum(weights_XJ, 1)
         top_X = newer_X

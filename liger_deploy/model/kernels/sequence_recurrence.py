@@ -15,15 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from liger_deploy.model.kernels.attention_prefill import _sums
+from liger_deploy.model.kernels.attention_prefill import SAFE, SAFE_EXACT, _sums
 from liger_deploy.model.kernels.attention_step import _dot, _phi
-
-# Largest sum of decays in a sub-chunk that two factors bear: bfloat16's range, and float32's last digits.
-SAFE, SAFE_EXACT = tl.constexpr(60.0), tl.constexpr(8.0)
 
 
 @triton.jit
 def _bears(b_SC, KIND: tl.constexpr):
+    """Whether two factors bear a sub-chunk's decays: bfloat16 has float32's range, float16 has not."""
     if tl.bfloat16 == KIND:
         return tl.min(b_SC) > -SAFE
     else:
@@ -100,6 +98,19 @@ def _earlier(w_SC, v_SV, prefix_SC, suffix_SC, between_C, i_S, in_C, in_V, S: tl
 
 
 @triton.jit
+def _queries_at(
+    q_ptr, grad_ptr, first, row, group, i_X, r_X, c_C, c_V, recurrent_weight, G, T,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """S tokens' queries, through the feature map, and the gradient of their outputs."""
+    in_X = (r_X < R) & (first + i_X < T)
+    at_X1 = ((row * T + first + i_X[:, None]) * G + group) * R + r_X[:, None]
+    q_XC = tl.load(q_ptr + at_X1 * K + c_C[None, :], in_X[:, None] & (c_C < K), 0.0).to(tl.float32)
+    do_XV = tl.load(grad_ptr + at_X1 * V + c_V[None, :], in_X[:, None] & (c_V < V), 0.0).to(tl.float32)
+    return _phi(q_XC, c_C < K, SOFTMAX) * recurrent_weight, do_XV
+
+
+@triton.jit
 def _collect(
     q_ptr, grad_ptr, prefix_ptr, reads_ptr, recurrent_weight, G, N, T,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SOFTMAX: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
@@ -114,13 +125,11 @@ def _collect(
     reads_CV, between_C = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
     for sub in range(C // S):
         first = n * C + sub * S
-        in_X = (r_X < R) & (first + i_X < T)
-        at_X1 = ((row * T + first + i_X[:, None]) * G + group) * R + r_X[:, None]
+        q_XC, do_XV = _queries_at(q_ptr, grad_ptr, first, row, group, i_X, r_X, c_C, c_V, recurrent_weight, G, T, R, K,
+                                  V, SOFTMAX)  # fmt: skip
         b_SC = tl.load(prefix_ptr + (head * N * C + first + i_S[:, None]) * K + c_C[None, :], in_C[None, :], 0.0)
-        q_XC = tl.load(q_ptr + at_X1 * K + c_C[None, :], in_X[:, None] & in_C, 0.0).to(tl.float32)
-        q_RSC = tl.reshape(_phi(q_XC, in_C, SOFTMAX) * recurrent_weight, [BR, S, BK])
+        q_RSC = tl.reshape(q_XC, [BR, S, BK])
         q_XC = tl.reshape(q_RSC * tl.exp(b_SC + between_C[None, :])[None, :, :], [BR * S, BK])
-        do_XV = tl.load(grad_ptr + at_X1 * V + c_V[None, :], in_X[:, None] & in_V, 0.0).to(tl.float32)
         reads_CV += _dot(tl.trans(q_XC), do_XV, kind)
         between_C += tl.sum(tl.where((i_S == S - 1)[:, None], b_SC, 0.0), 0)
     at_CV = (head * N + n) * K * V + c_C[:, None] * V + c_V[None, :]
@@ -179,19 +188,6 @@ def _queries(
         d_XC = qd_XC - q_XC * tl.sum(qd_XC, 1)[:, None]
     dq_XC = dq_ptr + at_X1 * K + c_C[None, :]
     tl.store(dq_XC, (tl.load(dq_XC, in_XC, 0.0).to(tl.float32) + d_XC).to(kind), in_XC)
-
-
-@triton.jit
-def _queries_at(
-    q_ptr, grad_ptr, first, row, group, i_X, r_X, c_C, c_V, recurrent_weight, G, T,
-    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SOFTMAX: tl.constexpr,
-):  # fmt: skip
-    """S tokens' queries, through the feature map, and the gradient of their outputs."""
-    in_X = (r_X < R) & (first + i_X < T)
-    at_X1 = ((row * T + first + i_X[:, None]) * G + group) * R + r_X[:, None]
-    q_XC = tl.load(q_ptr + at_X1 * K + c_C[None, :], in_X[:, None] & (c_C < K), 0.0).to(tl.float32)
-    do_XV = tl.load(grad_ptr + at_X1 * V + c_V[None, :], in_X[:, None] & (c_V < V), 0.0).to(tl.float32)
-    return _phi(q_XC, c_C < K, SOFTMAX) * recurrent_weight, do_XV
 
 
 @triton.jit

@@ -45,12 +45,11 @@ def _turned_back(d_XC, cos_XC, sin_XC, c_C, ROTARY: tl.constexpr, KIND: tl.const
 
 @triton.jit
 def _window_block(
-    turned_XC, do_XV, segment_X, k_ptr, v_ptr, segment_ptr, cos_ptr, sin_ptr, start, first, row, group,
+    turned_XC, segment_X, k_ptr, v_ptr, segment_ptr, cos_ptr, sin_ptr, start, first, row, group,
     i_X, c_C, c_V, scale, G, T, KIND: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     ROTARY: tl.constexpr, S: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Scores of some queries on J keys of their window, -inf where not seen; the gradient of their weights; the keys,
-    turned."""
+    """Scores of some queries on J keys of their window, -inf where not seen; the keys, turned; the values."""
     in_C, in_V = c_C < K, c_V < V
     u_J = start + tl.arange(0, J)
     token_J = first - W + u_J
@@ -63,7 +62,7 @@ def _window_block(
     seen_XJ = (u_J[None, :] > i_X[:, None]) & (u_J[None, :] <= W + i_X[:, None])
     seen_XJ = seen_XJ & (segment_X[:, None] == segment_J[None, :]) & (segment_J > 0)[None, :]
     scores_XJ = tl.where(seen_XJ, _dot(turned_XC, tl.trans(keys_JC), KIND) * scale, float("-inf"))
-    return scores_XJ, _dot(do_XV, tl.trans(v_JV), KIND), keys_JC
+    return scores_XJ, keys_JC, v_JV
 
 
 @triton.jit
@@ -89,10 +88,11 @@ def _window_queries(
     top_X, total_X = tl.full([BR * S], -1e30, tl.float32), tl.zeros([BR * S], tl.float32)
     delta_X = tl.zeros([BR * S], tl.float32)
     for start in range(0, W + S, J):
-        scores_XJ, dp_XJ, keys_JC = _window_block(
-            turned_XC, do_XV, segment_X, k_ptr, v_ptr, segment_ptr, cos_ptr, sin_ptr, start, first, row, group,
+        scores_XJ, keys_JC, v_JV = _window_block(
+            turned_XC, segment_X, k_ptr, v_ptr, segment_ptr, cos_ptr, sin_ptr, start, first, row, group,
             i_X, c_C, c_V, scale, G, T, kind, K, V, W, ROTARY, S, J,
         )  # fmt: skip
+        dp_XJ = _dot(do_XV, tl.trans(v_JV), kind)
         newer_X = tl.maximum(top_X, tl.max(scores_XJ, 1))
         weights_XJ, fade_X = tl.exp(scores_XJ - newer_X[:, None]), tl.exp(top_X - newer_X)
         total_X = total_X * fade_X + tl.sum(weights_XJ, 1)
@@ -105,10 +105,11 @@ def _window_queries(
     tl.store(delta_ptr + at_X, delta_X, in_X)
     d_XC = tl.zeros([BR * S, BK], tl.float32)
     for start in range(0, W + S, J):
-        scores_XJ, dp_XJ, keys_JC = _window_block(
-            turned_XC, do_XV, segment_X, k_ptr, v_ptr, segment_ptr, cos_ptr, sin_ptr, start, first, row, group,
+        scores_XJ, keys_JC, v_JV = _window_block(
+            turned_XC, segment_X, k_ptr, v_ptr, segment_ptr, cos_ptr, sin_ptr, start, first, row, group,
             i_X, c_C, c_V, scale, G, T, kind, K, V, W, ROTARY, S, J,
         )  # fmt: skip
+        dp_XJ = _dot(do_XV, tl.trans(v_JV), kind)
         weights_XJ = tl.exp(scores_XJ - level_X[:, None])
         d_XC += _dot(weights_XJ * (dp_XJ - delta_X[:, None]), keys_JC, kind)
     dq_XC = _turned_back(d_XC * (scale * window_weight), cos_XC, sin_XC, c_C, ROTARY, kind)
