@@ -23,7 +23,7 @@ import functools
 import itertools
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +264,6 @@ def prefill_tilings() -> list[dict[str, Any]]:
     from liger_deploy.model.kernels import attention_prefill as module
 
     found = []
-    names = ("KEYS", "WRITE_WARPS", "READ_WARPS", "SCAN")
-    kept = {name: getattr(module, name) for name in names}
     ways: list[dict[str, int]] = [
         {},
         {"WRITE_WARPS": 4},
@@ -275,9 +273,7 @@ def prefill_tilings() -> list[dict[str, Any]]:
         {"SCAN": 512},
         {"SCAN": 2048},
     ]
-    for way in ways:
-        for name in names:
-            setattr(module, name, way.get(name, kept[name]))
+    for way in _cut(module, ways):
         calls = {tokens: _prefill_call(tokens) for tokens in (2048, 32768)}
         graphs = {tokens: _unless_too_large(captured, call) for tokens, call in calls.items()}
         if None in graphs.values():
@@ -285,8 +281,6 @@ def prefill_tilings() -> list[dict[str, Any]]:
         times = {tokens: median_ms(graph, 10) for tokens, graph in graphs.items()}
         found.append({"cut": way, "ms": times, "kernels_us": _kernel_times(calls[32768])})
         print(found[-1], flush=True)
-    for name in names:
-        setattr(module, name, kept[name])
     return found
 
 
@@ -334,21 +328,31 @@ def sequence_tilings() -> list[dict[str, Any]]:
     from liger_deploy.model.kernels import attention_sequence as module
 
     found = []
-    kept = {name: getattr(module, name) for name in ("SUB", "KEYS", "SCAN", "AHEAD", "WARPS", "CHUNK_WARPS", "STAGES")}
     ways: list[dict[str, int]] = [
         {}, {"STAGES": 2}, {"WARPS": 8}, {"CHUNK_WARPS": 4}, {"KEYS": 16}, {"SUB": 32}, {"SUB": 32, "WARPS": 8},
         {"AHEAD": 4}, {"AHEAD": 16}, {"SCAN": 256},
     ]  # fmt: skip
-    for way, (name, shape) in itertools.product(ways, SHAPES.items()):
-        for key, value in kept.items():
-            setattr(module, key, way.get(key, value))
-        ours = _sequence_calls(shape, 8192)[0]
-        if (graph := _unless_too_large(captured, ours)) is not None:
-            found.append({"shape": name, "cut": way, "ms": median_ms(graph, 10), "kernels_us": _kernel_times(ours)})
-            print(found[-1], flush=True)
-    for key, value in kept.items():
-        setattr(module, key, value)
+    for way in _cut(module, ways):
+        for name, shape in SHAPES.items():
+            ours = _sequence_calls(shape, 8192)[0]
+            if (graph := _unless_too_large(captured, ours)) is not None:
+                times = {"ms": median_ms(graph, 10), "kernels_us": _kernel_times(ours)}
+                found.append({"shape": name, "cut": way, **times})
+                print(found[-1], flush=True)
     return found
+
+
+def _cut(module: Any, ways: list[dict[str, int]]) -> Iterator[dict[str, int]]:
+    """Each way in turn, while the module's constants are cut so; its own again at the end."""
+    kept = {name: getattr(module, name) for way in ways for name in way}
+    try:
+        for way in ways:
+            for name, value in kept.items():
+                setattr(module, name, way.get(name, value))
+            yield way
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
 
 
 def _kernel_times(call: Callable[[], Any]) -> dict[str, float]:

@@ -5,13 +5,20 @@ python -m benchmarks.render [--check]
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
-from benchmarks.report import RESULTS, ROOT
+from benchmarks.render_gpu import (
+    gpu_check,
+    gpu_finetune,
+    gpu_finetune_two,
+    gpu_layer,
+    gpu_prefill,
+    gpu_sequence,
+    gpu_step,
+)
+from benchmarks.report import ROOT, result
 from liger_deploy.bench import report
 from liger_deploy.config import LigerConfig
 from liger_deploy.gates import STRUCTURES
@@ -20,7 +27,7 @@ from liger_deploy.state import ModelShape, StateSpec
 
 def tiny() -> str:
     """Bits per byte of the embedded model."""
-    f, source = _result("tiny")
+    f, source = result("tiny")
     names = {
         "gzip": "gzip -9",
         "byte_5gram": "byte 5-gram, interpolated",
@@ -32,16 +39,9 @@ def tiny() -> str:
     return "\n".join(["| embedded model, held-out files | bits per byte |", "|---|---|", *lines, "", source])
 
 
-def _result(name: str) -> tuple[Any, str]:
-    r = json.loads((RESULTS / f"{name}.json").read_text())
-    machine = r["machine"].get("gpu") or f"{r['machine']['cpu']}, {r['machine']['cores']} cores"
-    source = f"`{r['command']}`, {r['date']}, {machine}"
-    return r["figures"], f"{source}: `benchmarks/results/{name}.json`"
-
-
 def drift() -> str:
     """Rung 7."""
-    f, source = _result("drift")
+    f, source = result("drift")
     rows = {
         "step at depth 100,000 over step at depth 0, interleaved": f"{f['interleaved_at_100k_over_at_0']:.2f}",
         "median step, last 10,000 over first 10,000": f"{f['last_over_first']:.2f}",
@@ -71,7 +71,7 @@ def memory_1b_executorch() -> str:
 
 
 def _memory(name: str, bundle: str) -> str:
-    f, source = _result(f"memory_{name}")
+    f, source = result(f"memory_{name}")
     size = name.partition("_")[0]
     lines = [
         f"| {name} | {f[name]['peak_resident_gb']:.2f} GB | {f[name]['seconds']:.0f} s |"
@@ -84,7 +84,7 @@ def _memory(name: str, bundle: str) -> str:
 
 def parity() -> str:
     """The embedded model on ONNX Runtime against PyTorch."""
-    rows, source = _result("parity")
+    rows, source = result("parity")
     lines = [f"| {r['check']} | {r['value']:.1e} | {r['limit']:g} | {r['detail']} |" for r in rows]
     return "\n".join(
         ["| ONNX Runtime against PyTorch | difference | limit | |", "|---|---|---|---|", *lines, "", source]
@@ -93,7 +93,7 @@ def parity() -> str:
 
 def quant() -> str:
     """Speed and size at the 291M shape on one thread, divergence of the embedded model."""
-    f, source = _result("quant")
+    f, source = result("quant")
     lines = []
     for row in f["rows"]:
         if row["threads"] != 1:
@@ -124,65 +124,9 @@ def depth_tiny_cuda() -> str:
     return _depth("tiny_cuda", "The embedded model, bfloat16.")
 
 
-FINETUNED = {
-    "softmax": "softmax, scaled_dot_product_attention",
-    "liger kernels": "Liger-GLA",
-    "liger": "Liger-GLA, `--compile`",
-}
-
-
-def gpu_finetune() -> str:
-    """LoRA on a GPU beside the softmax model's."""
-    f, source = _result("gpu_finetune")
-    base = {row["length"]: row for row in f["rows"] if row["kind"] == "softmax"}
-    lines = []
-    for row in f["rows"]:
-        first = base[row["length"]]
-        name = FINETUNED[row["kind"]]
-        rate, memory = row["tokens_s"] / first["tokens_s"], row["peak_bytes"] / first["peak_bytes"]
-        lines.append(
-            f"| {name} | {row['length']:,} | {row['tokens_s']:,.0f} | {rate:.2f} | {row['peak_bytes'] / 1e9:.1f} GB "
-            f"| {memory:.2f} | {row['first_step_s']:.0f} s |"
-        )
-    head = "| LoRA, bfloat16 | tokens a row | tokens/s | over softmax | peak | over softmax | first step |"
-    note = "Llama-3.2-1B's shape, random weights, 8,192 tokens a step, rank 8 on q, k, v and o."
-    return "\n".join([head, "|---" * 7 + "|", *lines, "", f"{note} {source}"])
-
-
-def gpu_sequence() -> str:
-    """One layer's mixing forward and backward, beside softmax attention's."""
-    f, source = _result("gpu_sequence")
-    names = {"1b": "Llama-3.2-1B", "8b": "Llama-3-8B"}
-    lines = []
-    for row in f["sequence"]:
-        ratio = row["sdpa_ms"] / row["ms"]
-        times = f"{row['ms']:.2f} ms | {row['sdpa_ms']:.2f} ms | {ratio:.2f}"
-        lines.append(f"| {names[row['shape']]} | {row['length']:,} | {times} |")
-    head = "| one layer, forward and backward | tokens a row | Liger-GLA, window included | softmax attention | ratio |"
-    whole, _ = _result("gpu_finetune")
-    step_s = next(r["step_s"] for r in whole["rows"] if (r["kind"], r["length"]) == ("softmax", 8192))
-    layers_s = 16 * next(r["sdpa_ms"] for r in f["sequence"] if (r["shape"], r["length"]) == ("1b", 8192)) / 1e3
-    note = (
-        f"8,192 tokens, bfloat16. Attention is {layers_s / step_s:.0%} of the 1B softmax model's step at 8,192 tokens "
-        f"a row: a mixing that took no time at all would make it {step_s / (step_s - layers_s):.2f} times as fast."
-    )
-    return "\n".join([head, "|---" * 5 + "|", *lines, "", f"{note} {source}"])
-
-
-def gpu_finetune_two() -> str:
-    """Two GPUs against one."""
-    f, source = _result("gpu_finetune_two")
-    lines = [
-        f"| two GPUs, {name} | {f[f'largest relative difference of a weight, two, {name}']:.1e} |"
-        for name in ("copied", "sharded")
-    ]
-    head = f"| `finetune`, {f['steps']} steps, against one GPU | largest relative difference of an adapter's matrix |"
-    return "\n".join([head, "|---|---|", *lines, "", source])
-
-
 def executorch_profile() -> str:
     """Where an ExecuTorch step spends its time."""
-    f, source = _result("executorch_profile")
+    f, source = result("executorch_profile")
     profiles = f["profiles"]
     names = [kind["name"] for kind in profiles[0]["kinds"] if kind["name"] != "DELEGATE_CALL"][:7]
     at = [{kind["name"]: kind for kind in p["kinds"]} for p in profiles]
@@ -204,7 +148,7 @@ def executorch_profile() -> str:
 
 def _depth(name: str, what: str) -> str:
     """A row a subject, a column a depth: milliseconds a token; then time to the first token, prefill and memory."""
-    f, source = _result(f"depth_{name}")
+    f, source = result(f"depth_{name}")
     source = re.sub("`.*?`", f"`python -m benchmarks.depth {name}`", source, count=1)
     depths = " | ".join(f"{c:,}" for c in f["contexts"])
     memory = report.memory(f)
@@ -222,7 +166,7 @@ def _depth(name: str, what: str) -> str:
 
 def depth_ratios() -> str:
     """Ours at 4 bits against each peer, by depth."""
-    f, source = _result("depth_291m")
+    f, source = result("depth_291m")
     at = {one["label"]: [d["step_ms"]["median"] for d in one["depths"]] for one in f["subjects"]}
     ours = at["liger, onnx int4"]
     head = f"| time of a token over `liger, onnx int4` | {' | '.join(f'{c:,}' for c in f['contexts'])} |"
@@ -236,7 +180,7 @@ def depth_ratios() -> str:
 
 def depth_bandwidth() -> str:
     """How much of the memory's speed our steps reach on a CPU."""
-    f, source = _result("depth_291m")
+    f, source = result("depth_291m")
     head = f"| bytes of the files in a step's time, over a plain read | {' | '.join(f'{c:,}' for c in f['contexts'])} |"
     lines = []
     for one in f["subjects"]:
@@ -252,74 +196,9 @@ def depth_bandwidth() -> str:
     return "\n".join([head, "|---" * (len(f["contexts"]) + 1) + "|", *lines, "", f"{note} {where}"])
 
 
-def gpu_prefill() -> str:
-    """One layer's prefill kernel beside flash-linear-attention and softmax attention."""
-    f, source = _result("gpu_prefill")
-    rows = f["prefill"]
-    lengths = " | ".join(f"{row['tokens']:,}" for row in rows)
-    head = f"| one layer, 32 heads of 128, bfloat16 | {lengths} |"
-    names = {
-        "ms": "`liger::attention_prefill`, window included",
-        "fla_ms": "flash-linear-attention `chunk_gla`, the recurrence alone",
-        "sdpa_ms": "causal scaled_dot_product_attention",
-    }
-    lines = [f"| {name} | {' | '.join(f'{r[key]:.2f} ms' for r in rows)} |" for key, name in names.items()]
-    return "\n".join([head, "|---" * (len(rows) + 1) + "|", *lines, "", source])
-
-
-def gpu_layer() -> str:
-    """One layer's step kernel by batch."""
-    f, source = _result("gpu_layer")
-    copy = f["bandwidth"]["copy_gb_s"]
-    head = (
-        "| rows | state | `liger::attention_step` | of copy bandwidth | `fused_recurrent_gla`, the recurrence alone |"
-    )
-    lines = []
-    for r in f["layer"]:
-        ours = f"{r['us']:.1f} us | {r['gb_s'] / copy:.0%}"
-        lines.append(f"| {r['batch']} | {r['state'].removeprefix('torch.')} | {ours} | {r['fla_us']:.1f} us |")
-    note = "One Llama-3-8B layer: 8 key and value heads, 32 query heads, window 64 and mix included."
-    return "\n".join([head, "|---|---|---|---|---|", *lines, "", f"{note} {source}"])
-
-
-def gpu_check() -> str:
-    """The CUDA package's worst row in each table."""
-    f, source = _result("gpu_check")
-    lines = []
-    for dtype in (name for name in ("float32", "bfloat16", "float16") if name in f["check"]):
-        rows = f["check"][dtype]
-        passed = sum(row[2] for row in rows.values())
-        key = "logits of 64 steps" if dtype == "float32" else "mean divergence (KL, nats a token)"
-        lines.append(f"| {dtype} | {passed} of {len(rows)} | {key}: {rows[key][0]:.1e} |")
-    moved = "equal" if f["check"]["tokens_of_a_moved_state_equal"] else "different"
-    note = f"Greedy tokens of a state that went from the GPU to the CPU and back: {moved}."
-    return "\n".join(
-        ["| CUDA package, embedded model | checks that pass | |", "|---|---|---|", *lines, "", f"{note} {source}"]
-    )
-
-
-def gpu_step() -> str:
-    """A step on a GPU by position, ours and Hugging Face's."""
-    f, source = _result("gpu_step_1b")
-    step, read = f["step"], f["bandwidth"]["read_gb_s"]
-    ours, theirs = step["step_ms overlapped"], step["peer_ms"]
-    head = f"| one token, batch 1, bfloat16 | {' | '.join(f'{int(d):,}' for d in ours)} |"
-    peers = (f"{theirs[depth]:.2f} ms" if depth in theirs else "" for depth in ours)
-    lines = [
-        f"| Liger-GLA, exported package | {' | '.join(f'{ms:.2f} ms' for ms in ours.values())} |",
-        f"| Hugging Face, static cache, compiled, CUDA graph | {' | '.join(peers)} |",
-    ]
-    rate = step["weight_bytes"] / max(ours.values()) / 1e6
-    note = (
-        f"Llama-3.2-1B's shape, random weights; the step reads its weights at {rate / 1000:.2f} TB/s, "
-        f"{rate / read:.0%} of the {read / 1000:.2f} TB/s that a plain read reaches in the same run."
-    )
-    return "\n".join([head, "|---" * (len(ours) + 1) + "|", *lines, "", f"{note} {source}"])
-
-
 def native() -> str:
     """liger-run and the Python session on each runtime."""
-    f, source = _result("native")
+    f, source = result("native")
     lines = []
     for target, row in f["targets"].items():
         cells = [f"{row[name]['step_ms']:.3f} ms | {row[name]['start_s']:.2f} s" for name in ("liger-run", "Python")]
@@ -350,7 +229,7 @@ def state() -> str:
 
 def demo() -> str:
     """What `make demo` ends with."""
-    f, source = _result("demo")
+    f, source = result("demo")
     names = {"base": "softmax base model", "converted": "converted to Liger-GLA", "tuned": "tuned by the demo"}
     lines = [f"| {label} | {f['bits_per_byte'][name]:.3f} |" for name, label in names.items()]
     note = f"Tuned on {f['training']['tokens']:,} tokens in {f['training']['seconds']:.0f} s. {source}"
@@ -359,7 +238,7 @@ def demo() -> str:
 
 def recovery_setup() -> str:
     """Base model and data of the recovery experiment."""
-    f, _ = _result("recovery")
+    f, _ = result("recovery")
     base, settings = f["base"], f["settings"]
     rows = {
         "base model": f"Llama, {base['parameters'] / 1e6:.1f} million parameters, 8 layers, blocks of 1,024 tokens",
@@ -373,7 +252,7 @@ def recovery_setup() -> str:
 
 def recovery() -> str:
     """One row an arm, best first."""
-    f, source = _result("recovery")
+    f, source = result("recovery")
     lines = []
     for name, row in sorted(f["arms"].items(), key=lambda item: item[1]["test"]):
         spread = f" ± {row['spread']:.4f}" if row["spread"] is not None else ""
@@ -394,7 +273,7 @@ def recovery() -> str:
 
 def recovery_paired() -> str:
     """Differences between arms on the same seeds and blocks."""
-    f, source = _result("recovery")
+    f, source = result("recovery")
     lines = []
     for p in f["paired"]:
         errors = [f"{p[key]:.4f}" if p[key] is not None else "" for key in ("error_over_seeds", "error_over_blocks")]

@@ -1,10 +1,11 @@
-"""What every benchmark writes beside its figures: the machine, the versions, the commit."""
+"""What every benchmark writes beside its figures: the machine, the versions, the commit. And how tables read it."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from liger_deploy.bench.machine import ROOT, document
 
@@ -27,3 +28,11 @@ def write(name: str, command: str, figures: object) -> Path:
     path.write_text(json.dumps(document(command, figures), indent=2) + "\n")
     print(json.dumps(figures, indent=2))
     return path
+
+
+def result(name: str) -> tuple[Any, str]:
+    """The figures of benchmarks/results/NAME.json, and a line that says where they are from."""
+    r = json.loads((RESULTS / f"{name}.json").read_text())
+    machine = r["machine"].get("gpu") or f"{r['machine']['cpu']}, {r['machine']['cores']} cores"
+    source = f"`{r['command']}`, {r['date']}, {machine}"
+    return r["figures"], f"{source}: `benchmarks/results/{name}.json`"
