@@ -197,17 +197,19 @@ def verify(bundle: str | os.PathLike[str], model: str | os.PathLike[str] | None 
     if tokens < 1:
         raise UserError(f"--tokens must be positive, not {tokens}")
     opened = Bundle.open(bundle)
-    oracle = EagerSession(load_model(model or EMBEDDED, torch.float32))
-    expected, found = opened.manifest.model.fingerprint, oracle.manifest.model.fingerprint
+    exact = load_model(model or EMBEDDED, torch.float32)
+    expected, found = opened.manifest.model.fingerprint, EagerSession(exact).manifest.model.fingerprint
     if expected != found:
         which = f"{model} is" if model else "the embedded model is"
         raise UserError(f"{which} {found}, the bundle was made from {expected}: give its checkpoint with --model")
     info = opened.manifest.model
     precision = info.dtype if info.quant == "none" else info.quant
+    session = load_session(opened)
+    oracle = EagerSession(exact.to(opened.manifest.graph.requires.get("device", "cpu")))  # type: ignore[arg-type]
     if precision == "float32":
-        rows = compare(load_session(opened), oracle, _prompt(opened, PROMPT), tokens)
+        rows = compare(session, oracle, _prompt(opened, PROMPT), tokens)
     else:
-        rows = compare_quantized(load_session(opened), oracle, _prompt(opened, PROMPT + tokens), precision)
+        rows = compare_quantized(session, oracle, _prompt(opened, PROMPT + tokens), precision)
     write_json(opened.path / "parity.json", [{**dataclasses.asdict(row), "passed": row.passed} for row in rows])
     return rows
 
