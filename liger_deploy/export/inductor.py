@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
+from torch.torch_version import TorchVersion
 from transformers import PreTrainedModel
 
 from liger_deploy.bundle import GraphInfo
@@ -150,16 +151,41 @@ def _package(graphs: dict[str, Graph], path: Path) -> None:
     # As many threads as the machine that runs it gives. Else torch 2.13 takes them, but has room for this machine's
     # alone: a package crashes where there are more. And compiled for one, what is not parallel would be done by each.
     settings |= {"cpp.dynamic_threads": True, "cpp.threads": max(2, torch.get_num_threads())}
-    if platform.machine() == "x86_64" and hasattr(config.cpp, "march"):
-        settings["cpp.march"] = _MARCH.get(torch.backends.cpu.get_cpu_capability(), "x86-64")
+    if platform.machine() == "x86_64":
         settings["cpp.vec_isa_ok"] = True  # what the processor has any g++ of this age knows: not tried, it takes long
+        if hasattr(config.cpp, "march"):
+            settings["cpp.march"] = _MARCH.get(torch.backends.cpu.get_cpu_capability(), "x86-64")
     try:
-        files = {name: aot_compile(*graph, options=settings) for name, graph in graphs.items()}
+        with _arrays_declared():
+            files = {name: aot_compile(*graph, options=settings) for name, graph in graphs.items()}
     except (InvalidCxxCompiler, InductorError) as error:
         if InvalidCxxCompiler.__name__ not in f"{type(error).__name__} {error}":
             raise
         raise UserError("target 'inductor' compiles C++: install g++, or set CXX to a compiler") from None
     package_aoti(str(path), files)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _arrays_declared() -> Iterator[None]:
+    """Each array of sizes in Inductor's C++ is declared anew.
+
+    Before torch 2.13 it looks for one that is there already by the `id` of an object that is gone by then, and now and
+    then finds one of another scope: the C++ does not compile.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    cached = CppWrapperCpu.codegen_int_array_var
+
+    def declare(self: Any, array: str, writeline: Any, known_statically: bool = False, graph: object = None) -> str:
+        name: str = self._codegen_int_array_var_impl(array, writeline, known_statically)
+        return name
+
+    if TorchVersion(torch.__version__) < "2.13":
+        CppWrapperCpu.codegen_int_array_var = declare  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        CppWrapperCpu.codegen_int_array_var = cached  # type: ignore[method-assign]
 
 
 def _check_loads(path: Path) -> None:
