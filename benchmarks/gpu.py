@@ -1,17 +1,13 @@
 """The inductor target's kernels on a GPU, against memory bandwidth measured in the same run.
 
-    python -m benchmarks.gpu QUESTION [--shape 1b|8b] [--out FILE]
+    python -m benchmarks.gpu QUESTION [--out FILE]
 
-sweep: tilings of `liger::linear_step`, each layer of the shape, with and without overlapping launches.
 layer: `liger::attention_step` at the 8B layer's shape, batch 1 to 256, float32 and bfloat16 state, and what
        flash-linear-attention takes for the recurrence alone, called as the reference code does (32 heads).
-tilings: the same kernel cut in other ways.
 prefill: `liger::attention_prefill` for one 8B layer, 2k to 128k tokens, the window included, beside
        flash-linear-attention's `chunk_gla` (the recurrence alone) and causal scaled_dot_product_attention.
-prefill_tilings: the same kernels cut in other ways.
 sequence: `liger::attention_sequence` for one layer, forward and backward, 8,192 tokens in rows of 1,024 and of 8,192,
        beside causal scaled_dot_product_attention without its rotary embedding.
-sequence_tilings: the same kernels cut in other ways.
 
 Times are medians of CUDA-graph replays between events. `tests/test_triton.py` holds both kernels to float64.
 """
@@ -20,10 +16,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,55 +80,6 @@ def bandwidth() -> dict[str, float]:
     }
 
 
-def sweep(shape: dict[str, Any]) -> list[dict[str, Any]]:
-    """Time of one layer's product under each tiling; the best six, and the best four that do not overlap."""
-    d, f, kv = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"] * shape["head_dim"]
-    h = shape["num_attention_heads"] * shape["head_dim"]
-    layers = {
-        "qkv": (h + 2 * kv, d, True, False, False),
-        "o": (d, h, False, False, True),
-        "gate_up": (f, d, True, True, False),
-        "down": (d, f, False, False, True),
-        "head": (shape["vocab_size"], d, True, False, False),
-    }
-    found = []
-    for name, (rows, width, norm, swiglu, residual) in layers.items():
-        size = rows * (1 + swiglu) * width * 2
-        timed = sorted(_products(rows, width, norm, swiglu, residual))
-        for ms, tiling in [*timed[:6], *[one for one in timed if not one[1][3]][:4]]:
-            found.append({"layer": name, "tiling": tiling, "us": ms * 1e3, "gb_s": size / ms / 1e6})
-            print(found[-1], flush=True)
-    return found
-
-
-def _products(
-    rows: int, width: int, norm: bool, swiglu: bool, residual: bool
-) -> list[tuple[float, tuple[int, int, int, bool]]]:
-    """(milliseconds, (rows of a program, columns of a load, warps, overlap)); weights change from call to call, so that
-    none is in the cache."""
-    from liger_deploy.model.kernels.linear_step import _linear_step
-
-    copies = max(2, min(24, (400 << 20) // (rows * width * 2)))
-    weights = [torch.randn(rows * (1 + swiglu), width, device="cuda").bfloat16() for _ in range(copies)]
-    x, scale = (torch.randn(width, device="cuda").bfloat16() for _ in range(2))
-    out, other = (torch.randn(rows, device="cuda").bfloat16() for _ in range(2))
-
-    def run(bn: int, bd: int, warps: int, overlap: bool) -> None:
-        for weight in weights:
-            _linear_step[(-(-rows // bn),)](
-                x, weight, scale, other, out, 1e-5, N=rows, D=width, BN=bn, BD=bd,
-                NORM=norm, SWIGLU=swiglu, RESIDUAL=residual, OVERLAP=overlap, num_warps=warps, launch_pdl=overlap,
-            )  # fmt: skip
-
-    found = []
-    for bn, bd, warps, overlap in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8), (False, True)):
-        tile = bn * bd * (1 + swiglu) // (32 * warps)  # elements a thread holds
-        if 16 <= tile <= 128 and bd < 2 * width:
-            graph = captured(functools.partial(run, bn, bd, warps, overlap))
-            found.append((median_ms(graph, 10) / copies, (bn, bd, warps, overlap)))
-    return found
-
-
 def layer() -> list[dict[str, Any]]:
     """One attention step of the 8B layer: time, and bytes moved over it."""
     from liger_deploy.model.kernels.attention_step import attention_step
@@ -142,7 +88,7 @@ def layer() -> list[dict[str, Any]]:
     for batch in (1, 16, 64, 256):
         theirs = _fla_step(batch)
         for dtype in (torch.float32, torch.bfloat16):
-            ms, size = _attention_time(attention_step, batch, dtype)
+            ms, size = attention_time(attention_step, batch, dtype)
             row = {"batch": batch, "state": str(dtype), "us": ms * 1e3, "gb_s": size / ms / 1e6, "fla_us": theirs}
             found.append(row)
             print(row, flush=True)
@@ -166,43 +112,10 @@ def _fla_step(batch: int) -> float | None:
     return median_ms(captured(run)) / len(states) * 1e3
 
 
-def tilings() -> list[dict[str, Any]]:
-    """`attention_step` at batch 64 and 256, each way to cut it; the best five of each."""
-    from liger_deploy.model.kernels import attention_step as module
-
-    found, kept = [], module.tiling
-    cuts = ((32, 4, 2), (64, 2, 4), (16, 8, 2), (32, 4, 1), (32, 2, 2))
-    ways = [module.Tiling(v, b, 32, warps, matrix) for v, b, warps in cuts for matrix in (False, True)]
-    for batch, dtype in itertools.product((256, 64), (torch.float32,)):
-        timed = []
-        for way in ways:
-            module.tiling = functools.partial(_always, way)  # type: ignore[assignment]
-            if result := _unless_too_large(_attention_time, module.attention_step, batch, dtype):
-                timed.append((result[0] * 1e3, result[1] / result[0] / 1e6, way))
-        for us, gb_s, way in sorted(timed)[:5]:
-            found.append({"batch": batch, "state": str(dtype), "us": us, "gb_s": gb_s, "tiling": way})
-            print(found[-1], flush=True)
-    module.tiling = kept
-    return found
-
-
-def _always(value: Any, *_: Any) -> Any:
-    return value
-
-
-def _unless_too_large(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call returns; None, and a line, where a kernel wants more shared memory or registers than there are."""
-    try:
-        return call(*arguments)
-    except Exception as error:
-        print(str(error).splitlines()[:1], flush=True)
-        return None
-
-
 LENGTHS = (2048, 8192, 32768, 131072)
 
 
-def _prefill_call(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
+def prefill_call(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
     """One 8B layer's prefill from a state that has seen 1,000 tokens."""
     from liger_deploy.model.kernels.attention_prefill import attention_prefill
 
@@ -222,7 +135,7 @@ def prefill() -> list[dict[str, Any]]:
     """Milliseconds of one layer at each length."""
     found = []
     for tokens in LENGTHS:
-        row: dict[str, Any] = {"tokens": tokens, "ms": median_ms(captured(_prefill_call(tokens)), 20)}
+        row: dict[str, Any] = {"tokens": tokens, "ms": median_ms(captured(prefill_call(tokens)), 20)}
         q, k, v = (torch.randn(1, heads, tokens, 128, device="cuda").bfloat16() for heads in (32, 8, 8))
         attend = functools.partial(
             torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True
@@ -259,32 +172,7 @@ def _fla_prefill(tokens: int) -> float | None:
     return statistics.median(times)
 
 
-def prefill_tilings() -> list[dict[str, Any]]:
-    """Milliseconds at 2k and 32k tokens, each way to cut the kernels."""
-    from liger_deploy.model.kernels import attention_prefill as module
-
-    found = []
-    ways: list[dict[str, int]] = [
-        {},
-        {"WRITE_WARPS": 4},
-        {"READ_WARPS": 4},
-        {"KEYS": 16},
-        {"KEYS": 64},
-        {"SCAN": 512},
-        {"SCAN": 2048},
-    ]
-    for way in _cut(module, ways):
-        calls = {tokens: _prefill_call(tokens) for tokens in (2048, 32768)}
-        graphs = {tokens: _unless_too_large(captured, call) for tokens, call in calls.items()}
-        if None in graphs.values():
-            continue
-        times = {tokens: median_ms(graph, 10) for tokens, graph in graphs.items()}
-        found.append({"cut": way, "ms": times, "kernels_us": _kernel_times(calls[32768])})
-        print(found[-1], flush=True)
-    return found
-
-
-def _sequence_calls(shape: dict[str, int], length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def sequence_calls(shape: dict[str, int], length: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Forward and backward of one layer over 8,192 tokens: ours, and causal attention's."""
     from liger_deploy.model.kernels.attention_sequence import attention_sequence
 
@@ -315,47 +203,15 @@ def sequence() -> list[dict[str, Any]]:
     found = []
     for name, shape in SHAPES.items():
         for length in (1024, 8192):
-            ours, attention = _sequence_calls(shape, length)
+            ours, attention = sequence_calls(shape, length)
             row = {"shape": name, "length": length, "ms": median_ms(captured(ours), 20)}
-            row |= {"sdpa_ms": median_ms(captured(attention), 20), "kernels_us": _kernel_times(ours)}
+            row |= {"sdpa_ms": median_ms(captured(attention), 20), "kernels_us": kernel_times(ours)}
             found.append(row)
             print(row, flush=True)
     return found
 
 
-def sequence_tilings() -> list[dict[str, Any]]:
-    """Milliseconds of each way to cut the kernels, and of its kernels."""
-    from liger_deploy.model.kernels import attention_sequence as module
-
-    found = []
-    ways: list[dict[str, int]] = [
-        {}, {"STAGES": 2}, {"WARPS": 8}, {"CHUNK_WARPS": 4}, {"KEYS": 16}, {"SUB": 32}, {"SUB": 32, "WARPS": 8},
-        {"AHEAD": 4}, {"AHEAD": 16}, {"SCAN": 256},
-    ]  # fmt: skip
-    for way in _cut(module, ways):
-        for name, shape in SHAPES.items():
-            ours = _sequence_calls(shape, 8192)[0]
-            if (graph := _unless_too_large(captured, ours)) is not None:
-                times = {"ms": median_ms(graph, 10), "kernels_us": _kernel_times(ours)}
-                found.append({"shape": name, "cut": way, **times})
-                print(found[-1], flush=True)
-    return found
-
-
-def _cut(module: Any, ways: list[dict[str, int]]) -> Iterator[dict[str, int]]:
-    """Each way in turn, while the module's constants are cut so; its own again at the end."""
-    kept = {name: getattr(module, name) for way in ways for name in way}
-    try:
-        for way in ways:
-            for name, value in kept.items():
-                setattr(module, name, way.get(name, value))
-            yield way
-    finally:
-        for name, value in kept.items():
-            setattr(module, name, value)
-
-
-def _kernel_times(call: Callable[[], Any]) -> dict[str, float]:
+def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
     """Microseconds of each kernel of a call."""
     call()
     torch.cuda.synchronize()
@@ -365,7 +221,7 @@ def _kernel_times(call: Callable[[], Any]) -> dict[str, float]:
     return {e.key: round(e.self_device_time_total, 1) for e in profile.key_averages() if e.self_device_time_total}
 
 
-def _attention_time(attention_step: Any, batch: int, dtype: torch.dtype) -> tuple[float, int]:
+def attention_time(attention_step: Any, batch: int, dtype: torch.dtype) -> tuple[float, int]:
     """Milliseconds of a call, and the bytes that it must move: state in and out, window in, rows of q, k, v and out."""
     g, r, d, w = 8, 4, 128, 64
     sets = max(1, min(8, 512 // batch))
@@ -385,24 +241,19 @@ def _attention_time(attention_step: Any, batch: int, dtype: torch.dtype) -> tupl
     return median_ms(captured(run)) / sets, size
 
 
-QUESTIONS = ("sweep", "layer", "tilings", "prefill", "prefill_tilings", "sequence", "sequence_tilings")
+QUESTIONS = {"layer": layer, "prefill": prefill, "sequence": sequence}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=QUESTIONS)
-    parser.add_argument("--shape", default="1b", choices=tuple(SHAPES))
+    parser.add_argument("question", choices=tuple(QUESTIONS))
     parser.add_argument("--out", type=Path, help="copy the result there")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"bandwidth": bandwidth()}
     print(figures, flush=True)
-    if arguments.question == "sweep":
-        figures["sweep"] = sweep(SHAPES[arguments.shape])
-    else:
-        figures[arguments.question] = globals()[arguments.question]()
-    name = f"gpu_{arguments.question}" + (f"_{arguments.shape}" if arguments.question == "sweep" else "")
-    path = report.write(name, report.command("python -m benchmarks.gpu"), figures)
+    figures[arguments.question] = QUESTIONS[arguments.question]()
+    path = report.write(f"gpu_{arguments.question}", report.command("python -m benchmarks.gpu"), figures)
     if arguments.out:
         shutil.copy(path, arguments.out)
 

@@ -1,11 +1,12 @@
 """A whole step of an exported package on a GPU: right first, then against memory bandwidth and against Hugging Face.
 
-    python -m benchmarks.gpu_step check|step [--shape 1b|8b] [--layers N] [--out FILE]
+    python -m benchmarks.gpu_step check|step|quant [--shape 1b|8b] [--layers N] [--out FILE]
 
-check: the embedded model exported for CUDA passes `verify` in each dtype, and in float32 its state continues on the
+check: the embedded model exported for CUDA passes `verify` in each precision, and in float32 its state continues on the
        CPU, and from there on the GPU again.
 step:  exports the shape in bfloat16 with random weights, compares the session with PyTorch, and times its captured step
        at several positions beside Hugging Face's model with a static cache under CUDA graphs.
+quant: exports the shape in bfloat16, 8 and 4 bits, at once, and times their captured steps in turn.
 
 Times are medians of CUDA-graph replays between events. Bandwidth is measured in the same run.
 """
@@ -13,7 +14,9 @@ Times are medians of CUDA-graph replays between events. Bandwidth is measured in
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import gc
+import multiprocessing
 import shutil
 import tempfile
 import time
@@ -26,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import liger_deploy as ld
 from benchmarks import report
 from benchmarks.gpu import SHAPES, bandwidth, captured, median_ms
+from liger_deploy.bundle import Bundle
 from liger_deploy.export import EMBEDDED
 from liger_deploy.generate import generate
 from liger_deploy.runtimes import inductor as runtime
@@ -58,19 +62,20 @@ def build(shape: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def check(dtypes: list[Any]) -> dict[str, Any]:
+def check(precisions: list[Any]) -> dict[str, Any]:
     """Worst value over its limit in each table, and greedy tokens of a state that went to the CPU and back."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in dtypes:
+        for precision in precisions:
             begin = time.perf_counter()
-            options = ld.ExportOptions(dtype=dtype, device="cuda", batch=1, chunk=32)
-            bundle = ld.export_bundle(None, "inductor", Path(folder) / dtype, options)
-            figures[f"export_s {dtype}"] = time.perf_counter() - begin
+            kind = {"dtype": "bfloat16", "quant": precision} if "int" in precision else {"dtype": precision}
+            options = ld.ExportOptions(**kind, device="cuda", batch=1, chunk=32)
+            bundle = ld.export_bundle(None, "inductor", Path(folder) / precision, options)
+            figures[f"export_s {precision}"] = time.perf_counter() - begin
             rows = verify(bundle.path, tokens=64)
-            figures[dtype] = {row.check: [row.value, row.limit, row.passed] for row in rows}
+            figures[precision] = {row.check: [row.value, row.limit, row.passed] for row in rows}
             print(figures, flush=True)
-        if "float32" in dtypes:
+        if "float32" in precisions:
             figures["tokens_of_a_moved_state_equal"] = moved_state(Path(folder) / "float32")
     return figures
 
@@ -134,6 +139,48 @@ def step(shape: dict[str, Any], peer_depths: list[int]) -> dict[str, Any]:
     return figures
 
 
+def quant(shape: dict[str, Any]) -> dict[str, Any]:
+    """Each precision's sizes, step by position and kernels; steps are timed in turn, and bfloat16 again at the end."""
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with concurrent.futures.ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+            made = {name: pool.submit(_export, shape, Path(folder) / name, name) for name in ("none", "int8", "int4")}
+            for name, future in made.items():
+                figures[name] = {"export_s": future.result()}
+        sessions: dict[str, InductorSession] = {}
+        for name, row in figures.items():
+            bundle = Bundle.open(Path(folder) / name, checksums=False)
+            row["files"] = {file: info.size for file, info in bundle.manifest.files.items()}
+            sessions[name] = InductorSession(bundle)
+        prompt = torch.randint(0, shape["vocab_size"], (512,)).tolist()
+        logits = {}
+        for name, session in sessions.items():
+            for token in prompt[:4]:  # the first as it is, the second captured, then replayed
+                logits[name] = session.step([token])
+            figures[name]["difference"] = relative(logits[name], logits["none"])
+        for turn in range(3):
+            for name, session in sessions.items():
+                figures[name][f"step_ms {turn}"] = at_depths(session)
+        for name, session in sessions.items():
+            figures[name]["kernels"] = kernels(session)
+            for _ in range(2):
+                session.reset()
+                begin = time.perf_counter()
+                session.prefill([prompt * 4])
+                figures[name]["prefill_tokens_s"] = 2048 / (time.perf_counter() - begin)
+        print(figures, flush=True)
+    return figures
+
+
+def _export(shape: dict[str, Any], out: Path, name: Any) -> float:
+    """Seconds that an export took; in a process of its own."""
+    model = ld.linearize(build(shape), ld.LigerConfig())
+    begin = time.perf_counter()
+    options = ld.ExportOptions(dtype="bfloat16", quant=name, batch=1, device="cuda", chunk=512)
+    ld.export_bundle(model, "inductor", out, options)
+    return time.perf_counter() - begin
+
+
 def at_depths(session: InductorSession) -> dict[int, float]:
     """Milliseconds of the captured step, by position in the sequence."""
     assert session._graph is not None
@@ -185,23 +232,26 @@ def peer(shape: dict[str, Any], depth: int) -> float:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("check", "step"))
+    parser.add_argument("question", choices=("check", "step", "quant"))
     parser.add_argument("--shape", default="1b", choices=tuple(SHAPES))
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--peer-depths", default="1024,16384,65536")
-    parser.add_argument("--dtypes", default="float32,bfloat16,float16")
+    parser.add_argument("--precisions", default="float32,bfloat16,float16,int8,int4")
     parser.add_argument("--out", type=Path, help="copy the result there")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"bandwidth": bandwidth()}
     print(figures, flush=True)
     if arguments.question == "check":
-        figures["check"] = check(arguments.dtypes.split(","))
+        figures["check"] = check(arguments.precisions.split(","))
     else:
         shape = SHAPES[arguments.shape] | REST[arguments.shape]
         if arguments.layers:
             shape |= {"num_hidden_layers": arguments.layers}
-        figures["step"] = step(shape, [int(depth) for depth in arguments.peer_depths.split(",") if depth])
-    name = f"gpu_{arguments.question}" + (f"_{arguments.shape}" if arguments.question == "step" else "")
+        if arguments.question == "quant":
+            figures["quant"] = quant(shape)
+        else:
+            figures["step"] = step(shape, [int(depth) for depth in arguments.peer_depths.split(",") if depth])
+    name = f"gpu_{arguments.question}" + ("" if arguments.question == "check" else f"_{arguments.shape}")
     path = report.write(name, report.command("python -m benchmarks.gpu_step"), figures)
     if arguments.out:
         shutil.copy(path, arguments.out)

@@ -16,6 +16,7 @@ from liger_deploy.model.kernels.attention_sequence import SUB, attention_sequenc
 from liger_deploy.model.kernels.attention_step import attention_step, step_on_ring, supports
 from liger_deploy.model.kernels.linear_step import linear_step
 from liger_deploy.model.mixer import Heads, LayerState, Mixer, Segments
+from liger_deploy.model.packed import pack, unpack
 from liger_deploy.model.training import by_kernels
 from liger_deploy.model.window import from_ring, to_ring
 from tests.conftest import relative
@@ -166,35 +167,36 @@ def test_attention_sequence(
     structure, strength, batch, groups, queries, dim, window, rotary, tokens, documents = case
     torch.manual_seed(tokens)
     config = LigerConfig(structure=structure, window=window)
-    mixer, rope = Mixer(config, dim**-0.5), _table(2 * window + SUB, rotary)
+    mixer, rope = Mixer(config, dim**-0.5).to(DEVICE), tuple(x.to(DEVICE) for x in _table(2 * window + SUB, rotary))
     lengths = torch.tensor([*(documents or (tokens,)), tokens - sum(documents or (tokens,))])
     numbers = torch.tensor([*range(1, len(lengths)), 0])
-    segment = numbers.repeat_interleave(lengths).expand(batch, -1).contiguous()
+    segment = numbers.repeat_interleave(lengths).expand(batch, -1).contiguous().to(DEVICE)
     wide = torch.randn(batch, tokens, (queries + 3) * groups * dim, dtype=torch.float64)
     wide[..., -groups * dim :] *= strength
-    exact = wide.to(dtype).double().requires_grad_()
     single = wide.to(DEVICE, dtype).requires_grad_()
-    grad = torch.randn(batch, tokens, groups, queries, dim, dtype=torch.float64) * (segment > 0)[:, :, None, None, None]
-    grad = grad.to(dtype).double()
+    exact = single.detach().double().requires_grad_()
+    grad = torch.randn(batch, tokens, groups, queries, dim, dtype=torch.float64).to(DEVICE, dtype)
+    grad *= (segment > 0)[:, :, None, None, None]
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "float", lambda x: x)  # the module's float32 casts: float64 throughout
         patch.setattr(mixer, "_zeros", lambda q: tuple(x.double() for x in Mixer._zeros(mixer, q)))
-        segments = Segments.of(wide, None, segment)
+        segments = Segments.of(exact, None, segment)
         expected = mixer.sequence(_heads(exact, groups, queries, dim), rope, segments)
-        (wanted,) = torch.autograd.grad(expected, exact, grad)
-    cos, sin = (x.float().to(DEVICE) for x in rope)
-    segments = Segments.of(single, None, segment.to(DEVICE))
+        (wanted,) = torch.autograd.grad(expected, exact, grad.double())
+    cos, sin = (x.float() for x in rope)
+    segments = Segments.of(single, None, segment)
     out = by_kernels(mixer, _heads(single, groups, queries, dim), (cos, sin), segments)
     assert out.dtype == dtype
-    (found,) = torch.autograd.grad(out, single, grad.to(DEVICE, dtype))
+    (found,) = torch.autograd.grad(out, single, grad)
     shown = (segment > 0)[..., None, None, None].expand_as(expected)
     tolerance = (OP if strength == 1 else EXTREME, GRADIENT) if dtype == torch.float32 else (1e-2, 2e-2)
-    assert relative(out.double().cpu()[shown], expected[shown]) < tolerance[0]
-    parts = (_heads(x, groups, queries, dim) for x in (found.double().cpu(), wanted))
+    assert relative(out.double()[shown], expected[shown]) < tolerance[0]
+    parts = (_heads(x, groups, queries, dim) for x in (found.double(), wanted))
     for name, ours, theirs in zip(Heads._fields, *parts, strict=True):
         # The gate's gradient is a difference of sums that are rounded to 16 bits.
         allowed = 5e-2 if name == "gate_key" and dtype == HALF else tolerance[1]
-        assert float((ours - theirs).norm()) <= allowed * float(theirs.norm()) + 1e-12, name
+        error = float((ours - theirs).norm()) / max(float(theirs.norm()), 1e-12)
+        assert error <= allowed, f"{name}: {error:.1e}"
 
 
 def test_attention_sequence_is_registered_as_it_behaves() -> None:
@@ -214,14 +216,20 @@ def _heads(wide: Tensor, groups: int, queries: int, dim: int) -> Heads:
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("rows", "width"), [(20, 48), (13, 48), (7, 3000), (33, 2048), (9, 5000)])
 @pytest.mark.parametrize(("norm", "swiglu", "residual"), [(1, 0, 0), (0, 1, 1), (1, 1, 0), (0, 0, 1), (1, 0, 1)])
-def test_linear_step(rows: int, width: int, norm: bool, swiglu: bool, residual: bool, dtype: torch.dtype) -> None:
-    """Odd sizes, with everything that may stand around the product."""
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_linear_step(
+    bits: int, rows: int, width: int, norm: bool, swiglu: bool, residual: bool, dtype: torch.dtype
+) -> None:
+    """Odd sizes, with everything that may stand around the product; packed weights stand for what `unpack` gives."""
     torch.manual_seed(rows)
     x, weight = torch.randn(1, 1, width).to(dtype), torch.randn(rows * (1 + swiglu), width).to(dtype)
+    packed = None if bits == 16 else pack(weight, bits)
+    if packed:
+        weight = unpack(*packed, width, torch.float32)
     scale = torch.randn(width).to(dtype) if norm else None
     other = torch.randn(1, 1, rows).to(dtype) if residual else None
-    here = [t if t is None else t.to(DEVICE) for t in (x, weight, scale, other)]
-    out = linear_step(here[0], here[1], here[2], 1e-5, bool(swiglu), here[3]).cpu()
+    here = [t if t is None else t.to(DEVICE) for t in (x, *(packed or (weight, None)), scale, other)]
+    out = linear_step(*here[:4], 1e-5, bool(swiglu), here[4]).cpu()
     exact = x.double()
     if scale is not None:
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5) * scale.double()
@@ -231,6 +239,24 @@ def test_linear_step(rows: int, width: int, norm: bool, swiglu: bool, residual: 
     if other is not None:
         exact = exact + other.double()
     assert relative(out.float(), exact) < (OP if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("width", [48, 256])
+def test_packed_numbers(width: int) -> None:
+    """Half a step of a row, or of a group's scale where that was not shrunk; a row of zeros stays one."""
+    torch.manual_seed(width)
+    weight = torch.randn(20, width)
+    weight[3] = 0
+    eight, four = pack(weight, 8), pack(weight, 4)
+    assert eight.numbers.shape == (20, width)
+    assert ((unpack(*eight, width, torch.float32) - weight).abs() <= 0.5001 * eight.scale[:, None]).all()
+    groups = -(-width // 32)
+    assert (four.numbers.shape, four.scale.shape) == ((20, 4 * groups), (20, groups))
+    q, scale = torch.arange(-8.0, 8.0).repeat(20, width // 16), torch.full((20, 1), 0.25)
+    scale[3] = 0
+    assert torch.equal(unpack(*pack(q * scale, 4), width, torch.float32), q * scale)  # what fits exactly is kept so
+    assert relative(unpack(*four, width, torch.float32), weight) < 0.15
+    assert not unpack(*four, width, torch.float32)[3].any()
 
 
 def test_the_ops_are_registered_as_they_behave() -> None:
@@ -248,7 +274,8 @@ def test_the_ops_are_registered_as_they_behave() -> None:
     arguments = (q, k, k, k, length, valid[:, 0], state, *rings, *rope, "gla", True, 16.0, 0.0, 0.5, 0.5, 0.25)
     torch.library.opcheck(attention_prefill, arguments, test_utils=checks)
     x, weight = torch.randn(1, 1, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
-    torch.library.opcheck(linear_step, (x, weight, None, 0.0, False, None), test_utils=checks)
+    for matrix in ((weight, None), pack(weight, 8), pack(weight, 4)):
+        torch.library.opcheck(linear_step, (x, *matrix, None, 0.0, False, None), test_utils=checks)
 
 
 ANALYSIS = """

@@ -30,8 +30,8 @@ from transformers import PreTrainedModel
 from liger_deploy.bundle import GraphInfo
 from liger_deploy.errors import UserError
 from liger_deploy.export.graph import dense_experts, quiet
-from liger_deploy.export.linears import in_8_bits, of_one_row
-from liger_deploy.export.rewrites import merge_linears, step_linears
+from liger_deploy.export.linears import check_reach, in_8_bits, of_one_row
+from liger_deploy.export.rewrites import merge_linears, pack_linears, step_linears
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.attention import LigerAttention
 from liger_deploy.model.describe import describe
@@ -65,12 +65,13 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     Raises:
         UserError: no GPU, or no C++ compiler that makes loadable packages, on this machine.
     """
-    _check_device(options.device, options.quant)
+    _check_options(options)
     if model.device.type != options.device:
         model = copy.deepcopy(model).to(options.device)  # type: ignore[arg-type]
     chunk, batch, gpu = options.chunk or CHUNK[options.device], options.batch or 0, _on_gpu(options.device)
-    if options.quant == "int8":
-        model = in_8_bits(model)
+    if options.quant != "none":
+        check_reach(model)
+        model = model if gpu else in_8_bits(model)
     rings = _ring_layers(model) if gpu else set()
     with quiet():
         with of_one_row(model) if batch == 1 and not gpu else contextlib.nullcontext():
@@ -79,6 +80,8 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
         if gpu:
             for graph in graphs.values():
                 merge_linears(graph.module)
+                if options.quant != "none":
+                    pack_linears(graph.module, int(options.quant.removeprefix("int")), model.config.vocab_size)
             if batch == 1:
                 step_linears(graphs["decode"].module)
         _package(graphs, directory / MODEL)
@@ -228,8 +231,11 @@ def _requirements(device: str) -> dict[str, str]:
     return {**found, "device": "cpu", "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
-def _check_device(device: str, quant: str) -> None:
-    if device == "cuda" and quant != "none":
-        raise UserError(f"target 'inductor' has --quant {quant} on a CPU only: leave it out, or use --device cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+def _check_options(options: ExportOptions) -> None:
+    """What the two devices do not have alike."""
+    if options.device == "cpu" and options.quant == "int4":
+        raise UserError("target 'inductor' has --quant int4 on a GPU only: use int8, or --target onnx")
+    if options.device == "cuda" and options.quant != "none" and options.batch != 1:
+        raise UserError(f"--quant {options.quant} is for one row on a GPU: add --batch 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and a CUDA build of torch: this torch sees none")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liger_deploy.errors import UserError
+from liger_deploy.model.packed import pack
 
 
 class Int8Table(nn.Module):
@@ -24,14 +25,12 @@ class Int8Table(nn.Module):
 
     def __init__(self, weight_ND: Tensor) -> None:
         super().__init__()
-        exact_ND = weight_ND.detach().float()
-        scale_N1 = (exact_ND.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-        rounded_ND = (exact_ND / scale_N1).round().to(torch.int8)
+        rounded_ND, scale_N = pack(weight_ND, 8)
         self.dtype, self.factor = weight_ND.dtype, 1.0
         self.rounded: Tensor
         self.scale: Tensor
         self.register_buffer("rounded", rounded_ND)  # buffers, so that a model's parameters keep its dtype
-        self.register_buffer("scale", scale_N1)
+        self.register_buffer("scale", scale_N[:, None])
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of the embedding, [..., D]."""
@@ -64,12 +63,7 @@ def check_reach(model: PreTrainedModel) -> None:
 
 
 def in_8_bits(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model with its linear layers and embedding in 8 bits; a tied head still shares the embedding's.
-
-    Raises:
-        UserError: a large weight that is neither (the experts of a mixture).
-    """
-    check_reach(model)
+    """A copy of the model with its linear layers and embedding in 8 bits; a tied head still shares the embedding's."""
     tables: dict[int, Int8Table] = {}
     swapped = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     for module in swapped.values():

@@ -1,8 +1,9 @@
 """Exact rewrites of a traced graph, for the inductor target on CUDA. They look at operators and know no model family.
 
 Merged: linear layers that read one input become one (q, k, v; gate, up), in both graphs under the same names, so that
-the weights are still shared. Stepped: in a graph of one token, each linear layer takes in what stands around it (the
-RMSNorm before, SwiGLU, the residual sum after) as `liger::linear_step`.
+the weights are still shared. Packed: their matrices are in 8 or 4 bits, which is not exact. Stepped: in a graph of one
+token, each linear layer takes in what stands around it (the RMSNorm before, SwiGLU, the residual sum after) as
+`liger::linear_step`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from liger_deploy.model.packed import pack, packed_rows, unpack
+
 aten = torch.ops.aten
-LINEAR, ADD, MUL, TO = aten.linear.default, aten.add.Tensor, aten.mul.Tensor, aten.to.dtype
+LINEAR, EMBEDDING, ADD = aten.linear.default, aten.embedding.default, aten.add.Tensor
+MUL, TO = aten.mul.Tensor, aten.to.dtype
 
 
 class Norm(NamedTuple):
@@ -58,12 +62,46 @@ def _joined(module: GraphModule, nodes: list[Node]) -> Node:
     return module.graph.get_attr(name)
 
 
+def pack_linears(module: GraphModule, bits: int, vocab: int) -> None:
+    """Linear layers and embeddings over packed matrices; the head and the embedding, of `vocab` rows, in 8 bits."""
+    found: dict[str, tuple[Node, Node]] = {}
+    for node in list(module.graph.nodes):
+        if node.target not in (LINEAR, EMBEDDING):
+            continue
+        matrix = node.args[node.target == LINEAR]
+        value = parameter(module, matrix)
+        if matrix.target not in found:
+            packed = pack(value, 8 if node.target == EMBEDDING or len(value) == vocab else bits)
+            found[matrix.target] = _packed(module, matrix, packed)  # type: ignore[assignment]
+        packed_nodes = found[matrix.target]
+        with module.graph.inserting_before(node):
+            if node.target == LINEAR:
+                arguments = (*packed_nodes, value.shape[1], value.dtype)
+                node.replace_input_with(matrix, module.graph.call_function(unpack, arguments))
+            else:
+                rows = module.graph.call_function(packed_rows, (*packed_nodes, node.args[1], value.dtype))
+                node.replace_all_uses_with(rows)
+    _finish(module)
+
+
+def _packed(module: GraphModule, matrix: Node, tensors: tuple[Tensor, ...]) -> tuple[Node, ...]:
+    """Buffers that hold a packed matrix, under names made of its own."""
+    nodes = []
+    for kind, tensor in zip(("packed", "scale"), tensors, strict=True):
+        name = f"{str(matrix.target).replace('.', '_')}_{kind}"
+        module.register_buffer(name, tensor)
+        with module.graph.inserting_after(matrix):
+            nodes.append(module.graph.get_attr(name))
+    return tuple(nodes)
+
+
 def step_linears(module: GraphModule) -> None:
-    """`liger::linear_step` for each linear layer of a graph of one row and one token, after `merge_linears`."""
+    """`liger::linear_step` for each linear layer of a graph of one row and one token, after the others."""
     import liger_deploy.model.kernels.linear_step  # noqa: F401  (registers the operator)
 
     for node in list(module.graph.find_nodes(op="call_function", target=LINEAR)):
         x, weight, *bias = node.args
+        matrix = weight.args[:2] if weight.target is unpack else (weight, None)
         norm = match_norm(x)
         last, swiglu = _swiglu(node)
         residual: Node | None = bias[0] if bias else None  # type: ignore[assignment]
@@ -71,7 +109,7 @@ def step_linears(module: GraphModule) -> None:
             continue
         addition, other = (None, None) if residual else _residual(last)
         with module.graph.inserting_before(addition or last if swiglu or addition else node):
-            arguments = (norm.x if norm else x, weight, norm and norm.weight, norm.eps if norm else 0.0)
+            arguments = (norm.x if norm else x, *matrix, norm and norm.weight, norm.eps if norm else 0.0)
             fused = module.graph.call_function(
                 torch.ops.liger.linear_step.default, (*arguments, swiglu, other if addition else residual)
             )

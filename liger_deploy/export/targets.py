@@ -113,6 +113,6 @@ TARGETS: dict[str, Target] = {
             1,
             tuple(BACKENDS),
         ),
-        Target("inductor", "inductor", (), "", DTYPES, ("none", "int8"), ("cpu", "cuda"), chunk=0),
+        Target("inductor", "inductor", (), "", DTYPES, QUANTS, ("cpu", "cuda"), chunk=0),
     )
 }

@@ -343,7 +343,7 @@ def attention_prefill(
     return out
 
 
-WRITE_WARPS, READ_WARPS, SCAN = 8, 4, 1024  # measured: benchmarks/gpu.py prefill_tilings
+WRITE_WARPS, READ_WARPS, SCAN = 8, 4, 1024  # measured: benchmarks/gpu_cuts.py
 
 
 def prefill_on_ring(

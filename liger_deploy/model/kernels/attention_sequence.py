@@ -52,7 +52,7 @@ from liger_deploy.model.kernels.sequence_window import (
 
 CHUNK, SUB, KEYS = 64, 16, 32  # C, S, J
 SCAN, AHEAD = 128, 8  # elements of a state that a program scans, chunks that it asks for at once
-WARPS, CHUNK_WARPS, STAGES = 4, 8, 1  # measured, like the rest: benchmarks/gpu.py sequence_tilings
+WARPS, CHUNK_WARPS, STAGES = 4, 8, 1  # measured, like the rest: benchmarks/gpu_cuts.py
 
 
 @triton.jit

@@ -294,7 +294,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(heads: int, width: int, rotary: int) -> Tiling:
-    """All of a head's values where heads alone fill a GPU, else a part. Measured: `benchmarks/gpu.py tilings`."""
+    """All of a head's values where heads alone fill a GPU, else a part. Measured: `benchmarks/gpu_cuts.py`."""
     values, half = _block(width), _block(rotary // 2)
     if not isinstance(heads, int) or heads >= 128:  # a symbol in a graph for any number of rows
         values = min(32, values)

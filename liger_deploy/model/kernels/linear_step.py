@@ -3,10 +3,11 @@
     x' = RMSNorm(x) where a norm is given            y = W x'
     out = silu(y_gate) * y_up where W holds a gate and an up half (SwiGLU), else y;  + residual where one is given
 
-At one token a layer is a stream of its weights. One program takes BN rows of W and all of their D columns; their loads
-are issued first, so that they are under way while the norm is computed.
+At one token a layer is a stream of its weights, in the model's dtype or packed in 8 or 4 bits (`packed.py`). One
+program takes BN rows of W and all of their D columns; their loads are issued first, so that they are under way while
+the norm is computed.
 
-Shape legend: D input width, N output width.
+Shape legend: D input width, N output width, G groups of 32 columns, J words of a group, K numbers of a word.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from liger_deploy.model.kernels import launcher, overlaps, predecessor_done, start_followers
+from liger_deploy.model.packed import GROUP, WORDS
 
 
 @triton.jit
@@ -26,19 +28,31 @@ def _tile(weight_ptr, n_N, d_D, in_ND, D: tl.constexpr):
 
 
 @triton.jit
-def _normed(x_D, scale, norm_ptr, d_D, in_D, NORM: tl.constexpr):
+def _normed(x_D, root, norm_ptr, d_D, in_D, NORM: tl.constexpr):
     """RMSNorm as Hugging Face computes it: float32, rounded to the model's dtype before its weight."""
     if NORM:
         weight_D = tl.load(norm_ptr + d_D, in_D, 0.0)
-        return ((x_D.to(tl.float32) * scale).to(weight_D.dtype) * weight_D).to(weight_D.dtype).to(tl.float32)
+        return ((x_D.to(tl.float32) * root).to(weight_D.dtype) * weight_D).to(weight_D.dtype).to(tl.float32)
     else:
         return x_D.to(tl.float32)
 
 
 @triton.jit
+def _store(y_N, up_N, residual_ptr, out_ptr, n_N, in_N, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr):
+    """What comes after the product, each step rounded to the model's dtype as the model's own layers do."""
+    kind = out_ptr.dtype.element_ty
+    if SWIGLU:
+        gate_N = y_N.to(kind).to(tl.float32)
+        y_N = (gate_N / (1.0 + tl.exp(-gate_N))).to(kind).to(tl.float32) * up_N.to(kind).to(tl.float32)
+    if RESIDUAL:
+        y_N = y_N.to(kind).to(tl.float32) + tl.load(residual_ptr + n_N, in_N, 0.0).to(tl.float32)
+    tl.store(out_ptr + n_N, y_N.to(kind), in_N)
+
+
+@triton.jit
 def _linear_step(
-    x_ptr, weight_ptr, norm_ptr, residual_ptr, out_ptr, eps,
-    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, norm_ptr, residual_ptr, out_ptr, eps,
+    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr,
     NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n_N, d_D = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
@@ -52,55 +66,138 @@ def _linear_step(
         done = predecessor_done()
         x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
     x_D = tl.load(x_ptr + d_D, in_D, 0.0)
-    scale = 1.0
+    root = 1.0
     if NORM:
         squares_D = x_D.to(tl.float32) * x_D.to(tl.float32)
         for start in range(BD, D, BD):
             more_D = tl.load(x_ptr + start + d_D, start + d_D < D, 0.0).to(tl.float32)
             squares_D += more_D * more_D
-        scale = tl.rsqrt(tl.sum(squares_D, 0) / D + tl.cast(eps, tl.float32))  # Inductor hands eps over as float64
-    x_D = _normed(x_D, scale, norm_ptr, d_D, in_D, NORM)
+        root = tl.rsqrt(tl.sum(squares_D, 0) / D + tl.cast(eps, tl.float32))  # Inductor hands eps over as float64
+    x_D = _normed(x_D, root, norm_ptr, d_D, in_D, NORM)
     sum_ND = w_ND.to(tl.float32) * x_D[None, :]
     if SWIGLU:
         up_ND = u_ND.to(tl.float32) * x_D[None, :]
     for start in range(BD, D, BD):
         at_D = start + d_D
         in_D = at_D < D
-        x_D = _normed(tl.load(x_ptr + at_D, in_D, 0.0), scale, norm_ptr, at_D, in_D, NORM)
+        x_D = _normed(tl.load(x_ptr + at_D, in_D, 0.0), root, norm_ptr, at_D, in_D, NORM)
         w_ND = _tile(weight_ptr, n_N, at_D, in_N[:, None] & in_D[None, :], D)
         sum_ND += w_ND.to(tl.float32) * x_D[None, :]
         if SWIGLU:
             u_ND = _tile(weight_ptr, n_N + N, at_D, in_N[:, None] & in_D[None, :], D)
             up_ND += u_ND.to(tl.float32) * x_D[None, :]
-    y_N = tl.sum(sum_ND, 1)
-    kind = out_ptr.dtype.element_ty
+    y_N, up_N = tl.sum(sum_ND, 1), 0.0
     if SWIGLU:
-        gate_N = y_N.to(kind).to(tl.float32)
-        y_N = (gate_N / (1.0 + tl.exp(-gate_N))).to(kind).to(tl.float32) * tl.sum(up_ND, 1).to(kind).to(tl.float32)
-    if RESIDUAL:
-        y_N = y_N.to(kind).to(tl.float32) + tl.load(residual_ptr + n_N, in_N, 0.0).to(tl.float32)
-    tl.store(out_ptr + n_N, y_N.to(kind), in_N)
+        up_N = tl.sum(up_ND, 1)
+    if SCALED:
+        y_N *= tl.load(scale_ptr + n_N, in_N, 0.0)
+        if SWIGLU:
+            up_N *= tl.load(scale_ptr + N + n_N, in_N, 0.0)
+    _store(y_N, up_N, residual_ptr, out_ptr, n_N, in_N, SWIGLU, RESIDUAL)
+
+
+@triton.jit
+def _words(words_ptr, scale_ptr, n_N, g_G, in_NG, G: tl.constexpr, J: tl.constexpr):
+    """Words [BN,BG,J] of the groups, and the groups' scales [BN,BG]."""
+    group_NG = n_N.to(tl.int64)[:, None] * G + g_G[None, :]
+    words_NGJ = group_NG[:, :, None] * J + tl.arange(0, J)[None, None, :]
+    scale_NG = tl.load(scale_ptr + group_NG, in_NG, 0.0).to(tl.float32)
+    return tl.load(words_ptr + words_NGJ, in_NG[:, :, None], 0, eviction_policy="evict_first"), scale_NG
+
+
+@triton.jit
+def _number(words, k: tl.constexpr):
+    """Number k, from 0 to 3, of each word. Its bits, left in place, are the float32 number q 16^k 2^-149."""
+    return (words & (15 * 16**k)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _linear_step_4bit(
+    x_ptr, words_ptr, scale_ptr, norm_ptr, residual_ptr, out_ptr, eps,
+    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, J: tl.constexpr,
+    NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    SIZE: tl.constexpr = 8 * J
+    BG: tl.constexpr = BD // SIZE
+    G: tl.constexpr = (D + SIZE - 1) // SIZE
+    n_N, g_G, d_D = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG), tl.arange(0, BD)
+    if OVERLAP:
+        n_N += start_followers()
+    in_N = n_N < N
+    words_NGJ, scale_NG = _words(words_ptr, scale_ptr, n_N, g_G, in_N[:, None] & (g_G < G)[None, :], G, J)
+    if SWIGLU:
+        up_NGJ, up_scale_NG = _words(words_ptr, scale_ptr, n_N + N, g_G, in_N[:, None] & (g_G < G)[None, :], G, J)
+    if OVERLAP:
+        done = predecessor_done()
+        x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
+    root = 1.0
+    if NORM:
+        squares_D = tl.zeros([BD], tl.float32)
+        for start in range(0, D, BD):
+            x_D = tl.load(x_ptr + start + d_D, start + d_D < D, 0.0).to(tl.float32)
+            squares_D += x_D * x_D
+        root = tl.rsqrt(tl.sum(squares_D, 0) / D + tl.cast(eps, tl.float32))
+    y_NG, up_NG = tl.zeros([BN, BG], tl.float32), tl.zeros([BN, BG], tl.float32)
+    for start in range(0, G, BG):
+        if start > 0:
+            in_NG = in_N[:, None] & (start + g_G < G)[None, :]
+            words_NGJ, scale_NG = _words(words_ptr, scale_ptr, n_N, start + g_G, in_NG, G, J)
+            if SWIGLU:
+                up_NGJ, up_scale_NG = _words(words_ptr, scale_ptr, n_N + N, start + g_G, in_NG, G, J)
+        sum_NGJ, up_sum_NGJ = tl.zeros([BN, BG, J], tl.float32), tl.zeros([BN, BG, J], tl.float32)
+        x_sum_GJ = tl.zeros([BG, J], tl.float32)
+        for k in tl.static_range(8):
+            at_GJ = (start + g_G)[:, None] * SIZE + J * k + tl.arange(0, J)[None, :]
+            x_GJ = _normed(tl.load(x_ptr + at_GJ, at_GJ < D, 0.0), root, norm_ptr, at_GJ, at_GJ < D, NORM)
+            x_sum_GJ += x_GJ
+            x_GJ *= 2.0 ** (80 - 4 * (k % 4))
+            if k == 4:
+                words_NGJ >>= 16
+                if SWIGLU:
+                    up_NGJ >>= 16
+            sum_NGJ += _number(words_NGJ, k % 4) * x_GJ[None, :, :]
+            if SWIGLU:
+                up_sum_NGJ += _number(up_NGJ, k % 4) * x_GJ[None, :, :]
+        eight_1G = 8.0 * tl.sum(x_sum_GJ, 1)[None, :]
+        y_NG += (tl.sum(sum_NGJ, 2) * 2.0**69 - eight_1G) * scale_NG
+        if SWIGLU:
+            up_NG += (tl.sum(up_sum_NGJ, 2) * 2.0**69 - eight_1G) * up_scale_NG
+    _store(tl.sum(y_NG, 1), tl.sum(up_NG, 1), residual_ptr, out_ptr, n_N, in_N, SWIGLU, RESIDUAL)
 
 
 @triton_op("liger::linear_step", mutates_args=())
 def linear_step(
-    x: Tensor, weight_ND: Tensor, norm_D: Tensor | None, eps: float, swiglu: bool, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    norm_D: Tensor | None,
+    eps: float,
+    swiglu: bool,
+    residual: Tensor | None,
 ) -> Tensor:
-    """One row: x [1,...,D] -> [1,...,N] in x's dtype; with `swiglu` the weight is [2N,D], gate rows first."""
-    rows, width = weight_ND.shape
-    rows = rows // 2 if swiglu else rows
+    """One row: x [1,...,D] -> [1,...,N] in x's dtype; with `swiglu` the weight is [2N,D], gate rows first.
+
+    `weight` and `scale` are a matrix in x's dtype and None, or a `Packed` matrix.
+    """
+    width = x.shape[-1]
+    rows = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
-    block_n, block_d, warps = tiling(rows, width, swiglu)
-    launcher(_linear_step, x)[(triton.cdiv(rows, block_n),)](
-        x, weight_ND, x if norm_D is None else norm_D, x if residual is None else residual, out, eps,
-        N=rows, D=width, BN=block_n, BD=block_d,
+    bits = {torch.int8: 8, torch.int32: 4}.get(weight.dtype, 16)
+    block_n, block_d, warps = tiling(rows, width, swiglu, bits)
+    pointers = (weight, *(x if tensor is None else tensor for tensor in (scale, norm_D, residual)))
+    launcher(_linear_step_4bit if bits == 4 else _linear_step, x)[(triton.cdiv(rows, block_n),)](
+        x, *pointers, out, eps, N=rows, D=width, BN=block_n, BD=block_d,
+        **({"J": WORDS} if bits == 4 else {"SCALED": scale is not None}),
         NORM=norm_D is not None, SWIGLU=swiglu, RESIDUAL=residual is not None, OVERLAP=overlaps(), num_warps=warps,
     )  # fmt: skip
     return out
 
 
-def tiling(rows: int, width: int, swiglu: bool) -> tuple[int, int, int]:
+def tiling(rows: int, width: int, swiglu: bool, bits: int = 16) -> tuple[int, int, int]:
     """(rows of W a program takes, columns of one load, warps)."""
     block_d = min(triton.next_power_of_2(width), 2048)
     few = swiglu or width > 2048 or rows * width <= 1 << 22  # then a program's share is smaller, or it takes two tiles
-    return (2 if few else 4), block_d, (8 if width > 4096 else 4)
+    block_n = 2 if few else 4
+    if bits == 4:
+        return 2 * block_n, max(block_d, GROUP), 4
+    return block_n, block_d, (8 if width > 4096 else 4)
