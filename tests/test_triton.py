@@ -167,7 +167,7 @@ def test_attention_sequence(
     structure, strength, batch, groups, queries, dim, window, rotary, tokens, documents = case
     torch.manual_seed(tokens)
     config = LigerConfig(structure=structure, window=window)
-    mixer, rope = Mixer(config, dim**-0.5).to(DEVICE), tuple(x.to(DEVICE) for x in _table(2 * window + SUB, rotary))
+    mixer, rope = Mixer(config, dim**-0.5), tuple(x.to(DEVICE) for x in _table(2 * window + SUB, rotary))
     lengths = torch.tensor([*(documents or (tokens,)), tokens - sum(documents or (tokens,))])
     numbers = torch.tensor([*range(1, len(lengths)), 0])
     segment = numbers.repeat_interleave(lengths).expand(batch, -1).contiguous().to(DEVICE)
