@@ -58,7 +58,7 @@ def unpack(numbers: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Te
         return (numbers.float() * scale[:, None]).to(dtype)
     words_NG1J = numbers.unflatten(1, (-1, 1, WORDS))
     q_NGKJ = (words_NG1J >> torch.arange(0, 32, 4, device=numbers.device)[:, None]) & 15
-    filled_ND = ((q_NGKJ - 8).float() * scale[:, :, None, None].float()).flatten(1)
+    filled_ND: Tensor = ((q_NGKJ - 8).float() * scale[:, :, None, None].float()).flatten(1)
     return filled_ND[:, :width].to(dtype)
 
 
