@@ -51,15 +51,18 @@ def median_ms(graph: torch.cuda.CUDAGraph, rounds: int = 50) -> float:
     return statistics.median(times[5:])
 
 
-def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one call, after a warm-up."""
+def captured(call: Callable[[], Any], edit: Callable[[int], Any] | None = None) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one call, after a warm-up; `edit` gets its handle before it is made ready."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=edit is not None)
     with torch.cuda.graph(graph):
         call()
+    if edit is not None:
+        edit(graph.raw_cuda_graph())
+        graph.instantiate()
     return graph
 
 

@@ -32,6 +32,7 @@ from benchmarks.gpu import (
     sequence_calls,
 )
 from liger_deploy.model.packed import pack
+from liger_deploy.runtimes.cuda_graphs import overlap_kernels
 
 
 def linear_step(shape: dict[str, int], bits: int) -> list[dict[str, Any]]:
@@ -73,11 +74,11 @@ def _products(
             module.linear_step(x, numbers, scales, scale if norm else None, 1e-5, swiglu, other)
 
     found = []
-    for way in itertools.product((1, 2, 4, 8, 16), (1024, 2048, 4096), (1, 2, 4, 8)):
-        share = way[0] * way[1] * (1 + swiglu) * bits // 8 // (32 * way[2])  # bytes a thread holds
-        if 32 <= share <= 256 and way[1] < 2 * width:
+    for way in itertools.product((2, 4, 8, 16), (1024, 2048, 4096), (1, 2, 4, 8)):
+        share = way[0] * way[1] * (1 + swiglu) // (32 * way[2])  # weights that a thread holds
+        if 64 <= share <= 256 and way[1] < 2 * width:
             module.tiling = functools.partial(_always, way)  # type: ignore[assignment]
-            if (graph := _unless_too_large(captured, run)) is not None:
+            if (graph := _unless_too_large(captured, run, overlap_kernels)) is not None:
                 size = sum(part.nbytes for part in matrices[0] if part is not None)
                 found.append((median_ms(graph, 10) / copies, size, way))
     module.tiling = kept

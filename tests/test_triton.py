@@ -190,7 +190,7 @@ def test_attention_sequence(
     (found,) = torch.autograd.grad(out, single, grad)
     shown = (segment > 0)[..., None, None, None].expand_as(expected)
     tolerance = (OP if strength == 1 else EXTREME, GRADIENT) if dtype == torch.float32 else (1e-2, 2e-2)
-    assert relative(out.double()[shown], expected[shown]) < tolerance[0]
+    assert relative(out.double()[shown].cpu(), expected[shown].cpu()) < tolerance[0]
     parts = (_heads(x, groups, queries, dim) for x in (found.double(), wanted))
     for name, ours, theirs in zip(Heads._fields, *parts, strict=True):
         # The gate's gradient is a difference of sums that are rounded to 16 bits.

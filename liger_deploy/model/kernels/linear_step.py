@@ -28,25 +28,31 @@ def _tile(weight_ptr, n_N, d_D, in_ND, D: tl.constexpr):
 
 
 @triton.jit
-def _normed(x_D, root, norm_ptr, d_D, in_D, NORM: tl.constexpr):
-    """RMSNorm as Hugging Face computes it: float32, rounded to the model's dtype before its weight."""
+def _input(x_ptr, norm_ptr, at, D: tl.constexpr, NORM: tl.constexpr):
+    """Inputs times the norm's weight, and their squares; the norm's root is left for the sums made of them."""
+    x = tl.load(x_ptr + at, at < D, 0.0).to(tl.float32)
     if NORM:
-        weight_D = tl.load(norm_ptr + d_D, in_D, 0.0)
-        return ((x_D.to(tl.float32) * root).to(weight_D.dtype) * weight_D).to(weight_D.dtype).to(tl.float32)
+        return x * tl.load(norm_ptr + at, at < D, 0.0).to(tl.float32), x * x
     else:
-        return x_D.to(tl.float32)
+        return x, x
 
 
 @triton.jit
-def _store(y_N, up_N, residual_ptr, out_ptr, n_N, in_N, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr):
+def _store(
+    y_N, up_N, squares, residual_ptr, out_ptr, n_N, eps,
+    N: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
     """What comes after the product, each step rounded to the model's dtype as the model's own layers do."""
     kind = out_ptr.dtype.element_ty
+    if NORM:
+        root = tl.rsqrt(squares / D + tl.cast(eps, tl.float32))  # Inductor hands eps over as float64
+        y_N, up_N = y_N * root, up_N * root
     if SWIGLU:
         gate_N = y_N.to(kind).to(tl.float32)
         y_N = (gate_N / (1.0 + tl.exp(-gate_N))).to(kind).to(tl.float32) * up_N.to(kind).to(tl.float32)
     if RESIDUAL:
-        y_N = y_N.to(kind).to(tl.float32) + tl.load(residual_ptr + n_N, in_N, 0.0).to(tl.float32)
-    tl.store(out_ptr + n_N, y_N.to(kind), in_N)
+        y_N = y_N.to(kind).to(tl.float32) + tl.load(residual_ptr + n_N, n_N < N, 0.0).to(tl.float32)
+    tl.store(out_ptr + n_N, y_N.to(kind), n_N < N)
 
 
 @triton.jit
@@ -65,26 +71,20 @@ def _linear_step(
     if OVERLAP:
         done = predecessor_done()
         x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
-    x_D = tl.load(x_ptr + d_D, in_D, 0.0)
-    root = 1.0
-    if NORM:
-        squares_D = x_D.to(tl.float32) * x_D.to(tl.float32)
-        for start in range(BD, D, BD):
-            more_D = tl.load(x_ptr + start + d_D, start + d_D < D, 0.0).to(tl.float32)
-            squares_D += more_D * more_D
-        root = tl.rsqrt(tl.sum(squares_D, 0) / D + tl.cast(eps, tl.float32))  # Inductor hands eps over as float64
-    x_D = _normed(x_D, root, norm_ptr, d_D, in_D, NORM)
+    x_D, squares_D = _input(x_ptr, norm_ptr, d_D, D, NORM)
     sum_ND = w_ND.to(tl.float32) * x_D[None, :]
     if SWIGLU:
         up_ND = u_ND.to(tl.float32) * x_D[None, :]
     for start in range(BD, D, BD):
         at_D = start + d_D
         in_D = at_D < D
-        x_D = _normed(tl.load(x_ptr + at_D, in_D, 0.0), root, norm_ptr, at_D, in_D, NORM)
         w_ND = _tile(weight_ptr, n_N, at_D, in_N[:, None] & in_D[None, :], D)
-        sum_ND += w_ND.to(tl.float32) * x_D[None, :]
         if SWIGLU:
             u_ND = _tile(weight_ptr, n_N + N, at_D, in_N[:, None] & in_D[None, :], D)
+        x_D, more_D = _input(x_ptr, norm_ptr, at_D, D, NORM)
+        squares_D += more_D
+        sum_ND += w_ND.to(tl.float32) * x_D[None, :]
+        if SWIGLU:
             up_ND += u_ND.to(tl.float32) * x_D[None, :]
     y_N, up_N = tl.sum(sum_ND, 1), 0.0
     if SWIGLU:
@@ -93,7 +93,7 @@ def _linear_step(
         y_N *= tl.load(scale_ptr + n_N, in_N, 0.0)
         if SWIGLU:
             up_N *= tl.load(scale_ptr + N + n_N, in_N, 0.0)
-    _store(y_N, up_N, residual_ptr, out_ptr, n_N, in_N, SWIGLU, RESIDUAL)
+    _store(y_N, up_N, tl.sum(squares_D, 0), residual_ptr, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL)
 
 
 @triton.jit
@@ -102,7 +102,8 @@ def _words(words_ptr, scale_ptr, n_N, g_G, in_NG, G: tl.constexpr, J: tl.constex
     group_NG = n_N.to(tl.int64)[:, None] * G + g_G[None, :]
     words_NGJ = group_NG[:, :, None] * J + tl.arange(0, J)[None, None, :]
     scale_NG = tl.load(scale_ptr + group_NG, in_NG, 0.0).to(tl.float32)
-    return tl.load(words_ptr + words_NGJ, in_NG[:, :, None], 0, eviction_policy="evict_first"), scale_NG
+    loaded_NGJ = tl.load(words_ptr + words_NGJ, in_NG[:, :, None], 0, eviction_policy="evict_first")
+    return loaded_NGJ.to(tl.uint32, bitcast=True), scale_NG
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def _linear_step_4bit(
     SIZE: tl.constexpr = 8 * J
     BG: tl.constexpr = BD // SIZE
     G: tl.constexpr = (D + SIZE - 1) // SIZE
-    n_N, g_G, d_D = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG), tl.arange(0, BD)
+    n_N, g_G = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG)
     if OVERLAP:
         n_N += start_followers()
     in_N = n_N < N
@@ -130,14 +131,11 @@ def _linear_step_4bit(
     if OVERLAP:
         done = predecessor_done()
         x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
-    root = 1.0
-    if NORM:
-        squares_D = tl.zeros([BD], tl.float32)
-        for start in range(0, D, BD):
-            x_D = tl.load(x_ptr + start + d_D, start + d_D < D, 0.0).to(tl.float32)
-            squares_D += x_D * x_D
-        root = tl.rsqrt(tl.sum(squares_D, 0) / D + tl.cast(eps, tl.float32))
-    y_NG, up_NG = tl.zeros([BN, BG], tl.float32), tl.zeros([BN, BG], tl.float32)
+    y_NG, up_NG, squares_GJ = (
+        tl.zeros([BN, BG], tl.float32),
+        tl.zeros([BN, BG], tl.float32),
+        tl.zeros([BG, J], tl.float32),
+    )
     for start in range(0, G, BG):
         if start > 0:
             in_NG = in_N[:, None] & (start + g_G < G)[None, :]
@@ -148,8 +146,8 @@ def _linear_step_4bit(
         x_sum_GJ = tl.zeros([BG, J], tl.float32)
         for k in tl.static_range(8):
             at_GJ = (start + g_G)[:, None] * SIZE + J * k + tl.arange(0, J)[None, :]
-            x_GJ = _normed(tl.load(x_ptr + at_GJ, at_GJ < D, 0.0), root, norm_ptr, at_GJ, at_GJ < D, NORM)
-            x_sum_GJ += x_GJ
+            x_GJ, more_GJ = _input(x_ptr, norm_ptr, at_GJ, D, NORM)
+            x_sum_GJ, squares_GJ = x_sum_GJ + x_GJ, squares_GJ + more_GJ
             x_GJ *= 2.0 ** (80 - 4 * (k % 4))
             if k == 4:
                 words_NGJ >>= 16
@@ -162,7 +160,10 @@ def _linear_step_4bit(
         y_NG += (tl.sum(sum_NGJ, 2) * 2.0**69 - eight_1G) * scale_NG
         if SWIGLU:
             up_NG += (tl.sum(up_sum_NGJ, 2) * 2.0**69 - eight_1G) * up_scale_NG
-    _store(tl.sum(y_NG, 1), tl.sum(up_NG, 1), residual_ptr, out_ptr, n_N, in_N, SWIGLU, RESIDUAL)
+    squares = tl.sum(tl.sum(squares_GJ, 1), 0)
+    _store(
+        tl.sum(y_NG, 1), tl.sum(up_NG, 1), squares, residual_ptr, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL
+    )  # fmt: skip
 
 
 @triton_op("liger::linear_step", mutates_args=())
@@ -199,5 +200,5 @@ def tiling(rows: int, width: int, swiglu: bool, bits: int = 16) -> tuple[int, in
     few = swiglu or width > 2048 or rows * width <= 1 << 22  # then a program's share is smaller, or it takes two tiles
     block_n = 2 if few else 4
     if bits == 4:
-        return 2 * block_n, max(block_d, GROUP), 4
+        return 2 * block_n, max(block_d, GROUP), 2
     return block_n, block_d, (8 if width > 4096 else 4)
