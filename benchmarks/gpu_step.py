@@ -66,18 +66,30 @@ def check(precisions: list[Any]) -> dict[str, Any]:
     """Worst value over its limit in each table, and greedy tokens of a state that went to the CPU and back."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for precision in precisions:
-            begin = time.perf_counter()
-            kind = {"dtype": "bfloat16", "quant": precision} if "int" in precision else {"dtype": precision}
-            options = ld.ExportOptions(**kind, device="cuda", batch=1, chunk=32)
-            bundle = ld.export_bundle(None, "inductor", Path(folder) / precision, options)
-            figures[f"export_s {precision}"] = time.perf_counter() - begin
-            rows = verify(bundle.path, tokens=64)
+        for precision, seconds in _export_all(None, Path(folder), precisions).items():
+            figures[f"export_s {precision}"] = seconds
+            rows = verify(Path(folder) / precision, tokens=64)
             figures[precision] = {row.check: [row.value, row.limit, row.passed] for row in rows}
-            print(figures, flush=True)
+            print(precision, figures[precision], flush=True)
         if "float32" in precisions:
             figures["tokens_of_a_moved_state_equal"] = moved_state(Path(folder) / "float32")
     return figures
+
+
+def _export_all(shape: dict[str, Any] | None, folder: Path, precisions: list[Any]) -> dict[str, float]:
+    """Exports the embedded model, or a shape with random weights, in each precision at once; seconds that each took."""
+    with concurrent.futures.ProcessPoolExecutor(len(precisions), multiprocessing.get_context("spawn")) as pool:
+        made = {name: pool.submit(_export, shape, folder / name, name) for name in precisions}
+        return {name: future.result() for name, future in made.items()}
+
+
+def _export(shape: dict[str, Any] | None, out: Path, precision: Any) -> float:
+    model = ld.linearize(build(shape), ld.LigerConfig()) if shape else None
+    kind = {"dtype": "bfloat16", "quant": precision} if "int" in precision else {"dtype": precision}
+    begin = time.perf_counter()
+    options = ld.ExportOptions(**kind, batch=1, device="cuda", chunk=512 if shape else 32)
+    ld.export_bundle(model, "inductor", out, options)
+    return time.perf_counter() - begin
 
 
 def moved_state(bundle: Path) -> bool:
@@ -140,45 +152,32 @@ def step(shape: dict[str, Any], peer_depths: list[int]) -> dict[str, Any]:
 
 
 def quant(shape: dict[str, Any]) -> dict[str, Any]:
-    """Each precision's sizes, step by position and kernels; steps are timed in turn, and bfloat16 again at the end."""
-    figures: dict[str, Any] = {}
+    """Each precision's sizes, step by position and kernels; steps are timed in turn, three times."""
+    figures: dict[str, dict[str, Any]] = {}
+    sessions: dict[str, InductorSession] = {}
+    logits: dict[str, Any] = {}
+    prompt = torch.randint(0, shape["vocab_size"], (512,)).tolist()
     with tempfile.TemporaryDirectory() as folder:
-        with concurrent.futures.ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
-            made = {name: pool.submit(_export, shape, Path(folder) / name, name) for name in ("none", "int8", "int4")}
-            for name, future in made.items():
-                figures[name] = {"export_s": future.result()}
-        sessions: dict[str, InductorSession] = {}
-        for name, row in figures.items():
+        for name, seconds in _export_all(shape, Path(folder), ["bfloat16", "int8", "int4"]).items():
             bundle = Bundle.open(Path(folder) / name, checksums=False)
-            row["files"] = {file: info.size for file, info in bundle.manifest.files.items()}
-            sessions[name] = InductorSession(bundle)
-        prompt = torch.randint(0, shape["vocab_size"], (512,)).tolist()
-        logits = {}
+            sizes = {file: info.size for file, info in bundle.manifest.files.items()}
+            figures[name], sessions[name] = {"export_s": seconds, "files": sizes}, InductorSession(bundle)
+    for name, session in sessions.items():
+        for token in prompt[:4]:  # the first as it is, the second captured, then replayed
+            logits[name] = session.step([token])
+        figures[name]["difference"] = relative(logits[name], logits["bfloat16"])
+    for turn in range(3):
         for name, session in sessions.items():
-            for token in prompt[:4]:  # the first as it is, the second captured, then replayed
-                logits[name] = session.step([token])
-            figures[name]["difference"] = relative(logits[name], logits["none"])
-        for turn in range(3):
-            for name, session in sessions.items():
-                figures[name][f"step_ms {turn}"] = at_depths(session)
-        for name, session in sessions.items():
-            figures[name]["kernels"] = kernels(session)
-            for _ in range(2):
-                session.reset()
-                begin = time.perf_counter()
-                session.prefill([prompt * 4])
-                figures[name]["prefill_tokens_s"] = 2048 / (time.perf_counter() - begin)
-        print(figures, flush=True)
+            figures[name][f"step_ms {turn}"] = at_depths(session)
+    for name, session in sessions.items():
+        figures[name]["kernels"] = kernels(session)
+        for _ in range(2):
+            session.reset()
+            begin = time.perf_counter()
+            session.prefill([prompt * 4])
+            figures[name]["prefill_tokens_s"] = 2048 / (time.perf_counter() - begin)
+    print(figures, flush=True)
     return figures
-
-
-def _export(shape: dict[str, Any], out: Path, name: Any) -> float:
-    """Seconds that an export took; in a process of its own."""
-    model = ld.linearize(build(shape), ld.LigerConfig())
-    begin = time.perf_counter()
-    options = ld.ExportOptions(dtype="bfloat16", quant=name, batch=1, device="cuda", chunk=512)
-    ld.export_bundle(model, "inductor", out, options)
-    return time.perf_counter() - begin
 
 
 def at_depths(session: InductorSession) -> dict[int, float]:

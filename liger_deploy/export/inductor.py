@@ -155,7 +155,8 @@ def _package(graphs: dict[str, Graph], path: Path) -> None:
     # alone: a package crashes where there are more. And compiled for one, what is not parallel would be done by each.
     settings |= {"cpp.dynamic_threads": True, "cpp.threads": max(2, torch.get_num_threads())}
     if platform.machine() == "x86_64":
-        settings["cpp.vec_isa_ok"] = True  # what the processor has any g++ of this age knows: not tried, it takes long
+        # What the processor has any g++ of this age knows: not tried, it takes long. Around GPU kernels none is needed.
+        settings["cpp.vec_isa_ok"] = graphs["decode"].arguments[0].device.type == "cpu"
         if hasattr(config.cpp, "march"):
             settings["cpp.march"] = _MARCH.get(torch.backends.cpu.get_cpu_capability(), "x86-64")
     try:

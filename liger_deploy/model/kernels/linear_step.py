@@ -195,10 +195,9 @@ def linear_step(
 
 
 def tiling(rows: int, width: int, swiglu: bool, bits: int = 16) -> tuple[int, int, int]:
-    """(rows of W a program takes, columns of one load, warps)."""
+    """(rows of W a program takes, columns of one load, warps). Measured: `benchmarks/gpu_cuts.py`."""
+    if bits == 4:
+        return 8, max(GROUP, min(triton.next_power_of_2(width), 4096)), 8
     block_d = min(triton.next_power_of_2(width), 2048)
     few = swiglu or width > 2048 or rows * width <= 1 << 22  # then a program's share is smaller, or it takes two tiles
-    block_n = 2 if few else 4
-    if bits == 4:
-        return 2 * block_n, max(block_d, GROUP), 2
-    return block_n, block_d, (8 if width > 4096 else 4)
+    return (2 if few else 4), block_d, (8 if width > 4096 else 4)
