@@ -108,6 +108,7 @@ def test_bench_prints_json(bundle: Path) -> None:
         (["target"], "coreml", "no runtime for target 'coreml'; known are onnx, executorch, inductor"),
         (["target"], "executorch", "does not load in ExecuTorch: it is damaged, or for another version"),
         (["target"], "inductor", "was exported for a GPU: this library runs CPU packages"),
+        (["graph", "requires"], {"device": "cuda"}, "was exported for a GPU: this library runs it on CPUs"),
         (["model"], ..., "lacks key 'model'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 import liger_deploy as ld
 from liger_deploy.verify import QUANT_LIMITS, compare_quantized, verify
-from tests.conftest import liger, small_llama
+from tests.conftest import liger, relisted, small_llama
 from tests.test_families import family
 
 SHARE = {"int8": 0.5, "int4": 0.42}  # of the float32 bundle, whose tied head is stored once; it is stored twice here
@@ -74,4 +75,29 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     model = ld.linearize(family("qwen3_moe"))
     with pytest.raises(ld.UserError, match="--quant does not reach weight"):
         ld.export_bundle(model, "onnx", tmp_path / "b", ld.ExportOptions(quant="int4"))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_for_a_gpu(dtype: str, tmp_path: Path) -> None:
+    """The graph keeps no float32 matrix. Its float16 form is run on the CPU here, with the table of `verify`."""
+    bundle = ld.export_bundle(None, "onnx", tmp_path / "b", ld.ExportOptions(dtype=dtype, device="cuda"))  # type: ignore[arg-type]
+    assert bundle.manifest.graph.requires == {"device": "cuda"}
+    assert {t.dtype for t in bundle.manifest.graph.state} == {"float32", "int64"}
+    weights = onnx.load(bundle.path / "model.onnx").graph.initializer
+    kinds = {w.data_type for w in weights if len(w.dims) == 2 and "rope" not in w.name}
+    assert kinds == {getattr(onnx.TensorProto, dtype.upper())}
+    with pytest.raises(ld.UserError, match="exported for a GPU, and this onnxruntime is for CPUs: pip install"):
+        ld.load_session(bundle)
+    if dtype == "float16":
+        relisted(bundle.path, lambda m: dataclasses.replace(m, graph=dataclasses.replace(m.graph, requires={})))
+        assert [row for row in verify(bundle.path, tokens=64) if not row.passed] == []
+
+
+def test_16_bits_are_refused_on_a_cpu(tmp_path: Path) -> None:
+    for options in (ld.ExportOptions(dtype="float16"), ld.ExportOptions(dtype="float16", device="cuda", quant="int4")):
+        with pytest.raises(
+            ld.UserError, match="--dtype float16 of target 'onnx' is for --device cuda, without --quant"
+        ):
+            ld.export_bundle(None, "onnx", tmp_path / "b", options)
     assert not (tmp_path / "b").exists()

@@ -5,6 +5,7 @@ The layers' mixing is `liger` nodes (`onnx_ops.py`); everything else is standard
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import onnx
@@ -13,12 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from liger_deploy.bundle import GraphInfo, GraphTensor
+from liger_deploy.errors import UserError
 from liger_deploy.export import onnx_ops
 from liger_deploy.export.genai import write_genai
 from liger_deploy.export.graph import quiet, trace_prefill
 from liger_deploy.export.onnx_ops import OPSET
 from liger_deploy.export.onnx_rewrites import rewrite
-from liger_deploy.export.quantize import quantize
+from liger_deploy.export.quantize import narrow, quantize
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.describe import describe
 from liger_deploy.model.linearize import liger_config, model_shape
@@ -29,7 +31,15 @@ EXTERNAL_ABOVE = 1 << 20  # bytes of weights from which they go to a file of the
 
 
 def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> GraphInfo:
-    """Write `model.onnx` (and its weights) into `directory`. Options are those the target's row allows."""
+    """Write `model.onnx` (and its weights) into `directory`. Options are those the target's row allows.
+
+    Raises:
+        UserError: 16 bits on a CPU, which computes in 32, or of quantized matrices.
+    """
+    if options.dtype != "float32":
+        if options.device == "cpu" or options.quant != "none":
+            raise UserError(f"--dtype {options.dtype} of target 'onnx' is for --device cuda, without --quant")
+        model = copy.deepcopy(model).float()
     state, batch = describe(model, "onnx").graph.state, options.batch or 0
     chunk = min(options.chunk, SLOT_CHUNK) if liger_config(model).slots else options.chunk
     with quiet():
@@ -48,6 +58,8 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     rewrite(exported.model.graph)
     if options.quant != "none":
         quantize(exported.model.graph, options.quant)
+    elif options.dtype != "float32":
+        narrow(exported.model.graph, options.dtype)
     onnx_ops.add_functions(exported.model, bodies)
     exported.save(directory / MODEL, external_data=_weight_bytes(exported.model.graph) > EXTERNAL_ABOVE)
     check_graph(directory / MODEL, state)
@@ -56,7 +68,7 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     files = {"model": MODEL}
     if (directory / WEIGHTS).exists():
         files["weights"] = WEIGHTS
-    return GraphInfo(files, chunk, batch, state)
+    return GraphInfo(files, chunk, batch, state, {} if options.device == "cpu" else {"device": options.device})
 
 
 def check_graph(path: Path, state: list[GraphTensor]) -> None:

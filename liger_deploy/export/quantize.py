@@ -1,10 +1,13 @@
-"""Weight-only quantization of an ONNX graph: every matrix, the tied or untied head and the embedding included.
+"""Matrices of an ONNX graph in fewer bits: every one, the tied or untied head and the embedding included.
 
 "int8": all in 8 bits. "int4": the layers' matrices in 4 bits; head and embedding stay at 8, as they hurt most.
 
 Products become `com.microsoft.MatMulNBits`, whose blocks of 32 weights share a scale, by ONNX Runtime's own quantizer.
-It has no 8-bit embedding; that is a Gather of int8 rows times a Gather of their scales here. Norms, biases,
-recurrences and the state stay float32. `graph` is `onnx_ir`'s; one matrix at a time is in memory twice.
+It has no 8-bit embedding; that is a Gather of int8 rows times a Gather of their scales here.
+
+"float16", "bfloat16", for a GPU: matrices in that dtype, and their products' inputs and outputs.
+
+Norms, biases, recurrences and the state stay float32. `graph` is `onnx_ir`'s; one matrix at a time is in memory twice.
 """
 
 from __future__ import annotations
@@ -34,6 +37,29 @@ def quantize(graph: ir.Graph, quant: str) -> None:
         elif node.op_type == "MatMul":
             head = node.outputs[0].shape is not None and node.outputs[0].shape[-1] == vocab
             _product(graph, node, 8 if head or quant == "int8" else 4)
+    remove_unused(graph)
+    check_quantized(graph)
+
+
+def narrow(graph: ir.Graph, dtype: str) -> None:
+    """Put matrices in 16 bits: MatMul(x, W) -> Cast(MatMul(Cast(x), W16)), Gather(W, i) -> Cast(Gather(W16, i))."""
+    kind = ir.DataType[dtype.upper()]
+    made: dict[ir.Value, ir.Value] = {}
+    for node in [n for n in graph if n.op_type in ("MatMul", "Gather")]:
+        place = int(node.op_type == "MatMul")
+        matrix, array = node.inputs[place], weight(node.inputs[place])
+        if matrix is None or array is None or array.ndim != 2 or array.dtype != np.float32:
+            continue
+        if matrix not in made:
+            made[matrix] = add_weight(graph, f"{matrix.name}.{dtype}", array.astype(kind.numpy()))
+        inputs, before = [made[matrix], node.inputs[1]], []
+        if place:
+            before = [ir.node("Cast", [node.inputs[0]], {"to": kind.value})]
+            inputs = [before[0].outputs[0], made[matrix]]
+        product = ir.node(node.op_type, inputs, node.attributes)
+        graph.insert_before(node, [*before, product])
+        replace(graph, node.outputs[0], ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT.value}))
+        graph.remove(node, safe=True)
     remove_unused(graph)
     check_quantized(graph)
 

@@ -100,7 +100,7 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnx", "onnx", ONNX_PACKAGES, "onnx", ("float32",), QUANTS, ("cpu",), chunk=256),
+        Target("onnx", "onnx", ONNX_PACKAGES, "onnx", DTYPES, QUANTS, ("cpu", "cuda"), chunk=256),
         Target(
             "executorch",
             "executorch",

@@ -30,6 +30,9 @@ def find_ops() -> Path | None:
     return OPS if OPS.is_file() else None
 
 
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+
+
 @dataclass(frozen=True)
 class _Run:
     """One bound call; holding the buffers keeps them alive."""
@@ -48,7 +51,7 @@ class OnnxSession(BaseSession):
 
         Raises:
             BundleError: the graph does not load, or is not what the manifest says.
-            UserError: the kernel library is not one.
+            UserError: the kernel library is not one, or the bundle is for a GPU and there is none to use.
         """
         super().__init__(bundle.manifest)
         self._sets: tuple[list[Any], ...] = ([], [])  # two sets of state buffers; `_turn` says which is current
@@ -58,12 +61,17 @@ class OnnxSession(BaseSession):
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        if ops := find_ops():
+        self._device = self.manifest.graph.requires.get("device", "cpu")
+        if self._device == "cuda":
+            _check_cuda(bundle)
+        elif ops := find_ops():
             _register(options, ops)
         try:
-            self._ort = ort.InferenceSession(str(bundle.file("model")), options, providers=["CPUExecutionProvider"])
+            self._ort = ort.InferenceSession(str(bundle.file("model")), options, providers=_PROVIDERS[self._device])
         except Exception as error:  # ONNX Runtime raises its own types, RuntimeError and others
             raise BundleError(f"{bundle.path} does not load in onnxruntime {ort.__version__}: {_line(error)}") from None
+        if self._ort.get_providers()[0] != _PROVIDERS[self._device][0]:  # ONNX Runtime falls back to the CPU
+            raise UserError(f"onnxruntime {ort.__version__} finds no CUDA or cuDNN that it can use on this machine")
         self._check_names(bundle)
 
     def _check_names(self, bundle: Bundle) -> None:
@@ -109,10 +117,19 @@ class OnnxSession(BaseSession):
     def _write(self, tensors: dict[str, Array], batch: int) -> None:
         arrays = [np.ascontiguousarray(tensors[t.name], dtype=t.dtype) for t in self.manifest.graph.state]
         self._clear()
-        self._sets = tuple([ort.OrtValue.ortvalue_from_numpy(a.copy()) for a in arrays] for _ in range(2))
+        put = ort.OrtValue.ortvalue_from_numpy
+        self._sets = tuple([put(a.copy(), self._device, 0) for a in arrays] for _ in range(2))
 
     def _clear(self) -> None:
         self._sets, self._steps, self._turn = ([], []), {}, 0
+
+
+def _check_cuda(bundle: Bundle) -> None:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        hint = "pip install onnxruntime-gpu in its place, or export with --device cpu"
+        raise UserError(f"{bundle.path} was exported for a GPU, and this onnxruntime is for CPUs: {hint}")
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN of pip's packages, where there are such
 
 
 def _register(options: Any, ops: Path) -> None:

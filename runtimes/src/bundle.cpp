@@ -120,4 +120,10 @@ Result<std::string> Bundle::file(const std::string& role) const {
   return Error{Code::bundle, path + ": graph.files has no '" + role + "'"};
 }
 
+std::string Bundle::requires_of(const std::string& name) const {
+  for (const auto& [key, value] : requirements)
+    if (key == name) return value;
+  return {};
+}
+
 }  // namespace liger

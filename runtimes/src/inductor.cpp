@@ -193,24 +193,20 @@ class InductorBackend final : public Backend {
 
 // The package runs here: a CPU package, the torch it was compiled for, a processor that is not older.
 Status check_machine(const Bundle& bundle) {
-  auto wanted = [&](const std::string& name) {
-    for (const auto& [key, value] : bundle.requirements)
-      if (key == name) return value;
-    return std::string();
-  };
-  if (wanted("device") != "cpu" || std::any_of(bundle.state.begin(), bundle.state.end(), [](auto& t) { return t.ring; }))
+  const bool rings = std::any_of(bundle.state.begin(), bundle.state.end(), [](auto& tensor) { return tensor.ring; });
+  if (bundle.requires_of("device") != "cpu" || rings)
     return Error{Code::bundle, bundle.path + " was exported for a GPU: this library runs CPU packages; export with "
                                              "--device cpu"};
   const std::string torch = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
-  if (wanted("torch") != torch)
-    return Error{Code::bundle, bundle.path + " was compiled for torch " + wanted("torch") + ", here it is " + torch +
-                                   ": export again with that version"};
+  if (bundle.requires_of("torch") != torch)
+    return Error{Code::bundle, bundle.path + " was compiled for torch " + bundle.requires_of("torch") +
+                                   ", here it is " + torch + ": export again with that version"};
   const std::vector<std::string> known{"DEFAULT", "AVX2", "AVX512"};
-  const auto needs = std::find(known.begin(), known.end(), wanted("cpu")),
+  const auto needs = std::find(known.begin(), known.end(), bundle.requires_of("cpu")),
              has = std::find(known.begin(), known.end(), at::get_cpu_capability());
   const bool newer = needs != known.end() && has != known.end() && needs <= has;
-  if (wanted("cpu") != at::get_cpu_capability() && !newer)
-    return Error{Code::bundle, bundle.path + " was compiled for a processor with " + wanted("cpu") +
+  if (bundle.requires_of("cpu") != at::get_cpu_capability() && !newer)
+    return Error{Code::bundle, bundle.path + " was compiled for a processor with " + bundle.requires_of("cpu") +
                                    ", this one has " + at::get_cpu_capability() + ": export again on such a machine"};
   for (const auto& tensor : bundle.state)
     if (!kStateTypes.count(tensor.dtype))

@@ -160,6 +160,9 @@ using Opened = std::unique_ptr<Session>;
 Result<Opened> open_onnx(const Bundle& bundle, const Options& options) {
   if (bundle.target != "onnx")
     return Error{Code::bundle, bundle.path + " is a bundle for '" + bundle.target + "', not for onnx"};
+  if (bundle.requires_of("device") == "cuda")
+    return Error{Code::bundle, bundle.path + " was exported for a GPU: this library runs it on CPUs; export with "
+                                             "--device cpu"};
   auto model = bundle.file("model");
   if (!model) return model.error();
   return guarded<Opened>(Code::bundle, bundle.path + " does not load in ONNX Runtime", [&]() -> Result<Opened> {

@@ -61,6 +61,7 @@ struct Chat {
 struct Bundle {
   static Result<Bundle> open(const std::string& directory, bool checksums = true);
   Result<std::string> file(const std::string& role) const;  // path of a graph file
+  std::string requires_of(const std::string& name) const;   // what the machine must have; empty where any will do
 
   std::string path, target, model, tokenizer;  // `model` is the fingerprint that ties states to it
   Chat chat;
