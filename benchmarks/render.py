@@ -15,6 +15,7 @@ from benchmarks.render_gpu import (
     gpu_finetune_two,
     gpu_layer,
     gpu_prefill,
+    gpu_quant,
     gpu_sequence,
     gpu_step,
 )
@@ -299,6 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
         gpu_finetune_two,
         gpu_sequence,
         gpu_step,
+        gpu_quant,
         gpu_prefill,
         gpu_layer,
         gpu_check,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from benchmarks.report import result
 
 FINETUNED = {
@@ -79,6 +81,33 @@ def gpu_step() -> str:
     return "\n".join([head, "|---" * (len(ours) + 1) + "|", *lines, "", f"{note} {source}"])
 
 
+def gpu_quant() -> str:
+    """Steps of the same shape with packed matrices."""
+    f, source = result("gpu_quant_1b")
+    checked, _ = result("gpu_check")
+    rows = f["quant"]
+    steps = {
+        name: [ms for key, turn in row.items() if key.startswith("step_ms") for ms in turn.values()]
+        for name, row in rows.items()
+    }
+    middle = {name: statistics.median(ms) for name, ms in steps.items()}
+    lines = []
+    for name, row in rows.items():
+        size, ms = row["files"]["model.safetensors"], steps[name]
+        nats = checked["check"][name]["mean divergence (KL, nats a token)"][0]
+        lines.append(
+            f"| {name} | {min(ms):.2f} to {max(ms):.2f} ms | {middle['bfloat16'] / middle[name]:.2f} "
+            f"| {size / middle[name] / 1e6 / f['bandwidth']['read_gb_s']:.0%} | {row['prefill_tokens_s']:,.0f} "
+            f"| {size / 1e9:.2f} GB | {nats:.1e} |"
+        )
+    head = (
+        "| one token, batch 1 | any position | over bfloat16 | its file over a plain read | prefill, tokens/s | weights "
+        "| KL, embedded model |"
+    )
+    note = "Llama-3.2-1B's shape, random weights, positions 1,024 to 1,048,576; three packages timed in turn."
+    return "\n".join([head, "|---" * 7 + "|", *lines, "", f"{note} {source}"])
+
+
 def gpu_prefill() -> str:
     """One layer's prefill kernel beside flash-linear-attention and softmax attention."""
     f, source = result("gpu_prefill")
@@ -113,7 +142,7 @@ def gpu_check() -> str:
     """The CUDA package's worst row in each table."""
     f, source = result("gpu_check")
     lines = []
-    for dtype in (name for name in ("float32", "bfloat16", "float16") if name in f["check"]):
+    for dtype in (name for name in ("float32", "bfloat16", "float16", "int8", "int4") if name in f["check"]):
         rows = f["check"][dtype]
         passed = sum(row[2] for row in rows.values())
         key = "logits of 64 steps" if dtype == "float32" else "mean divergence (KL, nats a token)"

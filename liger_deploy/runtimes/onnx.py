@@ -30,7 +30,8 @@ def find_ops() -> Path | None:
     return OPS if OPS.is_file() else None
 
 
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+_CPU: list[Any] = ["CPUExecutionProvider"]
+_PROVIDERS = {"cpu": _CPU, "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), *_CPU]}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class OnnxSession(BaseSession):
             self._ort = ort.InferenceSession(str(bundle.file("model")), options, providers=_PROVIDERS[self._device])
         except Exception as error:  # ONNX Runtime raises its own types, RuntimeError and others
             raise BundleError(f"{bundle.path} does not load in onnxruntime {ort.__version__}: {_line(error)}") from None
-        if self._ort.get_providers()[0] != _PROVIDERS[self._device][0]:  # ONNX Runtime falls back to the CPU
+        if len(self._ort.get_providers()) < len(_PROVIDERS[self._device]):  # ONNX Runtime falls back to the CPU
             raise UserError(f"onnxruntime {ort.__version__} finds no CUDA or cuDNN that it can use on this machine")
         self._check_names(bundle)
 
@@ -100,7 +101,9 @@ class OnnxSession(BaseSession):
     def _bind(self, tokens_BT: Array, valid_B: Array) -> _Run:
         """Tokens in, logits out, the state from the current set of buffers into the other."""
         logits = np.empty((len(tokens_BT), self.manifest.model.vocab_size), np.float32)
-        run = _Run(self._ort.io_binding(), *map(ort.OrtValue.ortvalue_from_numpy, (tokens_BT, valid_B, logits)))
+        # On the device: an input that is not is copied there when it is bound, and never again.
+        tokens, valid = (ort.OrtValue.ortvalue_from_numpy(x, self._device, 0) for x in (tokens_BT, valid_B))
+        run = _Run(self._ort.io_binding(), tokens, valid, ort.OrtValue.ortvalue_from_numpy(logits))
         run.binding.bind_ortvalue_input("tokens", run.tokens)
         run.binding.bind_ortvalue_input("valid", run.valid)
         run.binding.bind_ortvalue_output("logits", run.logits)

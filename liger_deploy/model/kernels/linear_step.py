@@ -199,5 +199,6 @@ def tiling(rows: int, width: int, swiglu: bool, bits: int = 16) -> tuple[int, in
     if bits == 4:
         return 8, max(GROUP, min(triton.next_power_of_2(width), 4096)), 8
     block_d = min(triton.next_power_of_2(width), 2048)
-    few = swiglu or width > 2048 or rows * width <= 1 << 22  # then a program's share is smaller, or it takes two tiles
+    # Few rows where a program takes two large tiles, or its share would be too large for all of the GPU to have one.
+    few = (swiglu and bits == 16) or width > 2048 or rows * width <= 1 << 22
     return (2 if few else 4), block_d, (8 if width > 4096 else 4)
