@@ -27,11 +27,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 20480, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
-# target, --dtype, --quant
-BUNDLES = {
+# target, --dtype, --quant, and at int4 --group-size
+BUNDLES: dict[str, list[tuple[str, ...]]] = {
     "tiny": [("onnx", "float32", "none"), ("executorch", "float32", "none"), ("inductor", "float32", "none")],
     "291m": [
-        ("onnx", "float32", "none"), ("onnx", "float32", "int4"), ("executorch", "float32", "int4"),
+        ("onnx", "float32", "none"), ("onnx", "float32", "int4"),
+        ("onnx", "float32", "int4", "64"), ("onnx", "float32", "int4", "128"),
+        ("executorch", "float32", "int4"),
         ("inductor", "float32", "none"), ("inductor", "bfloat16", "none"), ("inductor", "float32", "int8"),
     ],
     "tiny_cuda": [("inductor", "bfloat16", "none")],
@@ -60,10 +62,11 @@ def make(name: str, folder: Path) -> tuple[Path, list[Path]]:
     if not model.exists():
         liger("convert", "--model", base, "--out", model)
     bundles = []
-    for target, dtype, quant in BUNDLES[name]:
-        bundles.append(folder / f"{target}-{dtype if quant == 'none' else quant}")
+    for target, dtype, quant, *group_size in BUNDLES[name]:
+        bundles.append(folder / "-".join([target, dtype if quant == "none" else quant, *group_size]))
         if not bundles[-1].exists():
             options: tuple[object, ...] = ("--target", target, "--dtype", dtype, "--quant", quant)
+            options += ("--group-size", *group_size) if group_size else ()
             if target == "inductor":
                 options += ("--device", device, "--batch", 1)
             liger("export", "--model", model, "--out", bundles[-1], *options)

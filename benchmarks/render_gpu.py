@@ -101,7 +101,7 @@ def gpu_quant() -> str:
             f"| {size / 1e9:.2f} GB | {nats:.1e} |"
         )
     head = (
-        "| one token, batch 1 | any position | over bfloat16 | its file over a plain read | prefill, tokens/s | weights "
+        "| one token, batch 1 | any position | over bfloat16 | file over a plain read | prefill, tokens/s | weights "
         "| KL, embedded model |"
     )
     note = "Llama-3.2-1B's shape, random weights, positions 1,024 to 1,048,576; three packages timed in turn."

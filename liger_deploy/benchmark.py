@@ -89,6 +89,7 @@ def entries(
         _check_parity(path)
         info = manifest.model
         bits = info.quant if info.quant != "none" else info.dtype
+        bits += f" in groups of {info.group_size}" if info.group_size > 32 else ""
         label = f"liger, {manifest.target} {bits}"
         size = sum(file.size for file in manifest.files.values()) - _second_copies(manifest.files)
         found.append(Entry(label, "bundle", path, sys.executable, size))

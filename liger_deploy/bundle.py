@@ -35,6 +35,7 @@ class ModelInfo:
         vocab_size: logits per row.
         dtype: of the weights that are not quantized, and of the windows inside the graph.
         quant: "none" or the weight quantization.
+        group_size: at 4 bits, weights of a row that share a scale.
     """
 
     architecture: str
@@ -46,6 +47,7 @@ class ModelInfo:
     head_dim: int
     dtype: str = "float32"
     quant: str = "none"
+    group_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -101,3 +101,25 @@ def test_16_bits_are_refused_on_a_cpu(tmp_path: Path) -> None:
         ):
             ld.export_bundle(None, "onnx", tmp_path / "b", options)
     assert not (tmp_path / "b").exists()
+
+
+def test_groups_of_any_allowed_size(tmp_path: Path) -> None:
+    """Larger groups make a smaller file, within the limit still; other sizes are refused."""
+    sizes = {}
+    for group_size in (32, 64):
+        options = ld.ExportOptions(quant="int4", group_size=group_size)
+        bundle = ld.export_bundle(None, "onnx", tmp_path / str(group_size), options)
+        assert bundle.manifest.model.group_size == group_size
+        sizes[group_size] = sum(info.size for name, info in bundle.manifest.files.items() if "model.onnx" in name)
+        nodes = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph.node
+        found = [{a.name: a.i for a in node.attribute} for node in nodes if node.op_type == "MatMulNBits"]
+        assert {(one["bits"], one["block_size"]) for one in found} == {(4, group_size), (8, 32)}
+    assert sizes[64] < 0.98 * sizes[32]
+    assert [row.check for row in verify(tmp_path / "64", tokens=64) if not row.passed] == []
+    for target, group_size, message in (
+        ("onnx", 48, "target 'onnx' has --group-size 32 or 64 or 128"),
+        ("inductor", 64, "target 'inductor' has --group-size 32"),
+        ("executorch", 128, "needs rows in groups of 128, .* has 192 columns"),
+    ):
+        with pytest.raises(ld.UserError, match=message):
+            ld.export_bundle(None, target, tmp_path / "b", ld.ExportOptions(quant="int4", group_size=group_size))

@@ -58,7 +58,8 @@ def export_bundle(
         graph = lower(loaded, stage, options)  # type: ignore[arg-type]
         if directory:
             manifest = _add_text(manifest, directory, stage)
-        info = dataclasses.replace(manifest.model, quant=options.quant)
+        group_size = options.group_size if options.quant == "int4" else 0
+        info = dataclasses.replace(manifest.model, quant=options.quant, group_size=group_size)
         write_manifest(stage, dataclasses.replace(manifest, graph=graph, model=info))
     return Bundle.open(out, checksums=False)
 

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="bundle directory to write (default: bundle-TARGET)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--quant", default="none", choices=("none", "int8", "int4"), help="weight-only quantization")
+    parser.add_argument("--group-size", type=int, default=32, help="at int4, weights that share a scale (default: 32)")
     parser.add_argument(
         "--batch", help="rows the graph takes: a number or 'dynamic' (default: the latter, but 1 on executorch)"
     )
@@ -38,7 +39,13 @@ def export(arguments: argparse.Namespace) -> int:
     """Run the verb."""
     out = arguments.out or Path(f"bundle-{arguments.target}")
     options = ExportOptions(
-        arguments.dtype, arguments.quant, _batch(arguments.batch), arguments.device, arguments.chunk, arguments.backend
+        arguments.dtype,
+        arguments.quant,
+        _batch(arguments.batch),
+        arguments.device,
+        arguments.chunk,
+        arguments.group_size,
+        arguments.backend,
     )
     bundle = export_bundle(arguments.model or EMBEDDED, arguments.target, out, options)
     size = sum(info.size for info in bundle.manifest.files.values())

@@ -28,7 +28,6 @@ from liger_deploy.model.describe import describe
 from liger_deploy.model.step import PrefillModel, StepModel
 
 MODEL = "model.pte"
-GROUP = 32  # weights that share a scale at 4 bits
 LONGEST = 64  # tokens of one prefill call: `delegated.py` holds a decay for each pair of tokens
 
 
@@ -39,7 +38,7 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
     row = backend(name, options.quant)
     with quiet():
         if options.quant != "none":
-            model = _quantized(model, options.quant)
+            model = _quantized(model, options.quant, options.group_size)
         chunks = {"decode": 0, "prefill": chunk}
         programs = {method: _trace(model, batch, tokens, name == "coreml") for method, tokens in chunks.items()}
         _emit(programs, directory / MODEL, row)
@@ -70,9 +69,9 @@ def _emit(programs: dict[str, ExportedProgram], path: Path, row: Backend) -> Non
         edge.to_executorch(last).write_to_file(file)
 
 
-def _quantized(model: PreTrainedModel, quant: str) -> PreTrainedModel:
-    """A copy of the model with 8-bit dynamic activations and weights of 8 bits (a scale a row) or 4 bits (a scale for
-    each 32); embedding and output head have 8 bits."""
+def _quantized(model: PreTrainedModel, quant: str, group_size: int) -> PreTrainedModel:
+    """A copy of the model with 8-bit dynamic activations and weights of 8 bits (a scale a row) or 4 bits (a scale a
+    group); embedding and output head have 8 bits."""
     import executorch.kernels.quantized  # noqa: F401  (registers the quantized embedding's operator)
     from torchao.quantization import quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
@@ -80,12 +79,12 @@ def _quantized(model: PreTrainedModel, quant: str) -> PreTrainedModel:
 
     check_reach(model)
     if quant == "int4":
-        _check_groups(model)
+        _check_groups(model, group_size)
     model = copy.deepcopy(model)
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())  # tied to the embedding, which gets a form of its own
     rows = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
-    groups = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(GROUP))  # type: ignore[attr-defined]
+    groups = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(group_size))  # type: ignore[attr-defined]
     table = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
 
     def is_matrix(module: nn.Module, _: str) -> bool:
@@ -97,8 +96,9 @@ def _quantized(model: PreTrainedModel, quant: str) -> PreTrainedModel:
     return model
 
 
-def _check_groups(model: PreTrainedModel) -> None:
+def _check_groups(model: PreTrainedModel, group_size: int) -> None:
     """Every matrix divides into groups."""
     for name, weight in model.named_parameters():
-        if weight.dim() > 1 and ".lolcats." not in name and weight.shape[-1] % GROUP:
-            raise UserError(f"--quant int4 needs rows in groups of {GROUP}, {name!r} has {weight.shape[-1]} columns")
+        if weight.dim() > 1 and ".lolcats." not in name and weight.shape[-1] % group_size:
+            hint = f"--quant int4 needs rows in groups of {group_size}"
+            raise UserError(f"{hint}, {name!r} has {weight.shape[-1]} columns")

@@ -2,7 +2,8 @@
 
 "int8": all in 8 bits. "int4": the layers' matrices in 4 bits; head and embedding stay at 8, as they hurt most.
 
-Products become `com.microsoft.MatMulNBits`, whose blocks of 32 weights share a scale, by ONNX Runtime's own quantizer.
+Products become `com.microsoft.MatMulNBits`, whose groups of 32 or more weights share a scale, by ONNX Runtime's own
+quantizer: at 8 bits always 32.
 It has no 8-bit embedding; that is a Gather of int8 rows times a Gather of their scales here.
 
 "float16", "bfloat16", for a GPU: matrices in that dtype, and their products' inputs and outputs.
@@ -21,14 +22,14 @@ from liger_deploy.errors import UserError
 from liger_deploy.export.onnx_ops import CONTRIB
 from liger_deploy.export.onnx_rewrites import add_weight, remove_unused, replace, weight
 
-BLOCK = 32
+GROUP = 32  # of 8 bits
 LARGE = 0.01  # share of all weights from which a matrix must not stay float32
 READERS = ("MatMul", "Gemm", "Gather", "GatherND", "Transpose", "Reshape", "Einsum")
 ACCURACY = 4  # activations in int8 inside the product
 
 
-def quantize(graph: ir.Graph, quant: str) -> None:
-    """Quantize a graph in place. `quant`: "int4" or "int8"."""
+def quantize(graph: ir.Graph, quant: str, group_size: int) -> None:
+    """Quantize a graph in place. `quant`: "int4", in groups of `group_size`, or "int8"."""
     (logits,) = (value for value in graph.outputs if value.name == "logits")
     vocab = logits.shape[-1] if logits.shape else None
     for node in list(graph):
@@ -36,7 +37,8 @@ def quantize(graph: ir.Graph, quant: str) -> None:
             _embed_int8(graph, node)
         elif node.op_type == "MatMul":
             head = node.outputs[0].shape is not None and node.outputs[0].shape[-1] == vocab
-            _product(graph, node, 8 if head or quant == "int8" else 4)
+            bits, size = (8, GROUP) if head or quant == "int8" else (4, group_size)
+            _product(graph, node, bits, size)
     remove_unused(graph)
     check_quantized(graph)
 
@@ -79,15 +81,15 @@ def check_quantized(graph: ir.Graph) -> None:
             raise UserError(f"--quant does not reach weight {value.name} {shape}: export with --quant none")
 
 
-def _product(graph: ir.Graph, node: ir.Node, bits: int) -> None:
-    """MatMul(x, W) -> MatMulNBits; 4 bits with a zero point a block, which measured better than without."""
+def _product(graph: ir.Graph, node: ir.Node, bits: int, group_size: int) -> None:
+    """MatMul(x, W) -> MatMulNBits; 4 bits with a zero point a group, which measured better than without."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
     array, (x, matrix) = weight(node.inputs[1]), node.inputs
     if array is None or array.ndim != 2 or matrix is None:
         return
     symmetric = bits == 8
-    config = DefaultWeightOnlyQuantConfig(BLOCK, symmetric, ACCURACY, op_types_to_quantize=("MatMul",), bits=bits)
+    config = DefaultWeightOnlyQuantConfig(group_size, symmetric, ACCURACY, op_types_to_quantize=("MatMul",), bits=bits)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -96,7 +98,7 @@ def _product(graph: ir.Graph, node: ir.Node, bits: int) -> None:
         logging.disable(level)
     parts = {"int": packed, "scales": scales} | ({} if symmetric else {"zero_points": zeros})
     weights = [add_weight(graph, f"{matrix.name}.{bits}bit.{name}", part) for name, part in parts.items()]
-    attributes = {"K": array.shape[0], "N": array.shape[1], "bits": bits, "block_size": BLOCK}
+    attributes = {"K": array.shape[0], "N": array.shape[1], "bits": bits, "block_size": group_size}
     attributes["accuracy_level"] = ACCURACY
     replace(graph, node.outputs[0], ir.node("MatMulNBits", [x, *weights], attributes, domain=CONTRIB))
     graph.remove(node, safe=True)

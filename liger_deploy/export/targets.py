@@ -33,6 +33,7 @@ class ExportOptions:
         batch: rows the graph takes; 0 for any number; None takes the target's default.
         device: where the bundle will run.
         chunk: most tokens a prefill call takes; 0 takes the target's default.
+        group_size: at 4 bits, weights of a row that share a scale; more are faster and coarser.
         backend: what a program of the executorch target is lowered for; empty takes its default, XNNPACK.
     """
 
@@ -41,6 +42,7 @@ class ExportOptions:
     batch: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     chunk: int = 0
+    group_size: int = 32
     backend: Literal["", "xnnpack", "coreml", "vulkan", "portable"] = ""
 
 
@@ -59,6 +61,7 @@ class Target:
         chunk: default of `ExportOptions.chunk`; 0 where that depends on the device.
         batch: default of `ExportOptions.batch`; if it is not 0, the number of rows is fixed at export.
         backends: what `ExportOptions.backend` may be.
+        group_sizes: what `ExportOptions.group_size` may be.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Target:
     chunk: int
     batch: int = 0
     backends: tuple[str, ...] = ()
+    group_sizes: tuple[int, ...] = (32, 64, 128)
 
     def lower(self) -> Lower:
         """The lowering function. Raises UserError when a package it needs is not installed."""
@@ -89,6 +93,8 @@ class Target:
         for name, values in allowed.items():
             if (value := getattr(options, name)) not in values:
                 raise UserError(f"target {self.name!r} does not support --{name} {value}: choose {' or '.join(values)}")
+        if options.group_size not in self.group_sizes:
+            raise UserError(f"target {self.name!r} has --group-size {' or '.join(map(str, self.group_sizes))}")
         if options.backend and options.backend not in self.backends:
             raise UserError(f"target {self.name!r} has no --backend {options.backend}")
         if options.batch == 0 and self.batch:
@@ -113,6 +119,6 @@ TARGETS: dict[str, Target] = {
             1,
             tuple(BACKENDS),
         ),
-        Target("inductor", "inductor", (), "", DTYPES, QUANTS, ("cpu", "cuda"), chunk=0),
+        Target("inductor", "inductor", (), "", DTYPES, QUANTS, ("cpu", "cuda"), chunk=0, group_sizes=(32,)),
     )
 }
