@@ -1,9 +1,9 @@
 """What weight-only quantization gives on ONNX Runtime: time a token and sizes; float32, int8 and int4 side by side.
 
-    python -m benchmarks.quant [--threads 1,2]
+    python -m benchmarks.quant [--threads 1]
 
 A Llama of 291 million parameters (hidden 1024, 20 layers, 16 query and 4 KV heads of 64, MLP 2816, vocabulary 32,000
-untied) with random weights, batch 1. Steps of the three bundles are interleaved; the embedded trained model's
+untied) with random weights, batch 1. Steps of the bundles are interleaved; the embedded trained model's
 divergence comes from `verify`.
 """
 
@@ -31,13 +31,19 @@ SHAPE = {
     "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
     "max_position_embeddings": 4096,
 }  # fmt: skip
-QUANTS = ("none", "int8", "int4")
+QUANTS = {
+    "none": ld.ExportOptions(),
+    "int8": ld.ExportOptions(quant="int8"),
+    "int4": ld.ExportOptions(quant="int4"),
+    "int4, groups of 64": ld.ExportOptions(quant="int4", group_size=64),
+    "int4, groups of 128": ld.ExportOptions(quant="int4", group_size=128),
+}
 WARM, STEPS, PROMPT = 8, 60, 512
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--threads", default="1")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = ld.linearize(LlamaForCausalLM(LlamaConfig(**SHAPE)).eval())
@@ -45,7 +51,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bundles = {q: Path(folder) / q for q in QUANTS}
         for quant, path in bundles.items():
-            ld.export_bundle(model, "onnx", path, ld.ExportOptions(quant=quant))
+            ld.export_bundle(model, "onnx", path, QUANTS[quant])
         sizes = {q: sum(p.stat().st_size for p in path.iterdir()) for q, path in bundles.items()}
         for threads in map(int, args.threads.split(",")):
             sessions = {q: OnnxSession(Bundle.open(path, False), threads) for q, path in bundles.items()}
@@ -74,8 +80,8 @@ def main() -> int:
                     "seconds": seconds[quant],
                 })  # fmt: skip
         quality = {}
-        for quant in QUANTS[1:]:
-            ld.export_bundle(None, "onnx", Path(folder) / f"tiny-{quant}", ld.ExportOptions(quant=quant))
+        for quant in list(QUANTS)[1:]:
+            ld.export_bundle(None, "onnx", Path(folder) / f"tiny-{quant}", QUANTS[quant])
             table = verify(Path(folder) / f"tiny-{quant}", tokens=1000)
             quality[quant] = {row.check: row.value for row in table}
     write("quant", "python -m benchmarks.quant", {"rows": rows, "embedded": quality})

@@ -147,6 +147,19 @@ def executorch_profile() -> str:
     return "\n".join([head, "|---" * (len(profiles) + 2) + "|", *lines, "", f"{note} {source}"])
 
 
+def executorch_operator() -> str:
+    """This project's operator in an ExecuTorch program."""
+    f, source = result("executorch_operator")
+    lines = []
+    for threads, by_name in f.items():
+        whole, ours = by_name["xnnpack"], by_name["liger"]
+        steps, prompts = ([whole[key], ours[key], ours[key] / whole[key]] for key in ("step_ms", "prefill_tokens_s"))
+        lines.append(f"| {threads} | {steps[0]:.2f} ms | {steps[1]:.2f} ms | {steps[2]:.2f} | {prompts[2]:.2f} |")
+    head = "| threads | step, `--backend xnnpack` | step, `--backend liger` | time, ratio | prompt's tokens/s, ratio |"
+    note = "291 million parameters, random weights, int4."
+    return "\n".join([head, "|---" * 5 + "|", *lines, "", f"{note} {source}"])
+
+
 def _depth(name: str, what: str) -> str:
     """A row a subject, a column a depth: milliseconds a token; then time to the first token, prefill and memory."""
     f, source = result(f"depth_{name}")
@@ -296,6 +309,7 @@ TABLES: dict[str, Callable[[], str]] = {
         depth_bandwidth,
         depth_tiny_cuda,
         executorch_profile,
+        executorch_operator,
         gpu_finetune,
         gpu_finetune_two,
         gpu_sequence,

@@ -189,9 +189,51 @@ def test_other_delegates_are_lowered_ahead_of_time(name: Any, registered: str, t
         ld.load_session(bundle)
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"structure": "mamba2"}, {"structure": "hgrn2"}, {"softmax_layers": (1,)}, {"structure": "window"}]
+)
+def test_our_operator(config: dict[str, Any], tmp_path: Path) -> None:
+    """`--backend liger`: layers with a recurrence are one operator each, the rest stays XNNPACK's."""
+    model = liger(small_llama(), window=6, **config)
+    bundle = ld.export_bundle(model, "executorch", tmp_path / "b", ld.ExportOptions(backend="liger", chunk=8))
+    assert bundle.manifest.graph.requires == {"backend": "XnnpackBackend", "operators": "liger"}
+    delegates, outside = split(bundle.path)
+    assert ("liger::fused_attention" in outside) == (config.get("structure") != "window")
+    assert {x for names in delegates.values() for x in names} == {"XnnpackBackend"}
+    rows = compare(ld.load_session(bundle), ld.EagerSession(model), list(range(5, 35)), 8)
+    assert [row for row in rows if not row.passed] == []
+
+
+def test_our_operator_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = liger(small_llama(num_hidden_layers=1), window=6)
+    bundle = ld.export_bundle(model, "executorch", tmp_path / "b", ld.ExportOptions(backend="liger", chunk=8))
+    monkeypatch.setattr("liger_deploy.runtimes.executorch.OPS", tmp_path / "none.so")
+    with pytest.raises(ld.UserError, match=r"was lowered with --backend liger, and .*none\.so is not there: build it"):
+        ld.load_session(bundle)
+
+
+def test_our_operator_is_registered_as_it_behaves() -> None:
+    q, k, count = torch.randn(1, 3, 2, 2, 8), torch.randn(1, 3, 2, 8), torch.tensor([3])
+    windows, rope = [torch.randn(1, 2, 4, 8) for _ in range(2)], [torch.randn(7, 8) for _ in range(2)]
+    arguments = (q, k, k, k, count, count, torch.randn(1, 2, 8, 8), *windows, *rope)
+    options = ("gla", True, 16.0, 0.0, 0.5, 0.5, 0.25)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.liger.fused_attention.default, (*arguments, *options), test_utils=checks)
+
+
 def test_backends_refuse_what_they_do_not_take(tmp_path: Path) -> None:
     with pytest.raises(ld.UserError, match="--backend coreml does not take --quant int4: choose none"):
         ld.export_bundle(None, "executorch", tmp_path / "b", ld.ExportOptions(backend="coreml", quant="int4"))
+    for options in (
+        ld.ExportOptions(backend="coreml", dtype="float16"),
+        ld.ExportOptions(dtype="float16", quant="int8"),
+    ):
+        with pytest.raises(ld.UserError, match="does not take --dtype float16 with --quant"):
+            ld.export_bundle(None, "executorch", tmp_path / "b", options)
+    with pytest.raises(ld.UserError, match="--external-weights does not go with --quant int8"):
+        ld.export_bundle(None, "executorch", tmp_path / "b", ld.ExportOptions(external_weights=True, quant="int8"))
+    with pytest.raises(ld.UserError, match="target 'onnx' has no --external-weights"):
+        ld.export_bundle(None, "onnx", tmp_path / "b", ld.ExportOptions(external_weights=True))
     with pytest.raises(ld.UserError, match="target 'onnx' has no --backend vulkan"):
         ld.export_bundle(None, "onnx", tmp_path / "b", ld.ExportOptions(backend="vulkan"))
 

@@ -15,7 +15,8 @@ from liger_deploy.bundle import Bundle
 from liger_deploy.generate import generate
 from liger_deploy.sampling import SamplingOptions
 from liger_deploy.text import Text
-from tests.conftest import relisted, rewritten
+from liger_deploy.verify import verify
+from tests.conftest import liger, relisted, rewritten, small_llama
 from tests.native.programs import PROMPT, RUNTIME, call, ids, probe
 
 GREEDY = ["--temperature", 0, "--print-ids", "--max-new-tokens"]
@@ -70,6 +71,45 @@ def test_states_move_both_ways(bundle: Path, tiny_bundle: Path, tmp_path: Path) 
     found = call(bundle, "--tokens", expected[39], *GREEDY, 20, "--load-state", tmp_path / "python.state")
     assert ids(found) == expected[40:60]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpp.state", "python.state"]
+
+
+def test_a_float16_program(tiny_executorch: Path, tmp_path: Path) -> None:
+    """Half the size, close to PyTorch, and in C++ what it is in Python; its state is float32 all the same."""
+    options = ld.ExportOptions(dtype="float16", chunk=16)
+    bundle = ld.export_bundle(None, "executorch", tmp_path / "b", options)
+    assert [row.check for row in verify(bundle.path, tokens=32) if not row.passed] == []
+    assert {t.dtype for t in bundle.manifest.graph.state} == {"float32", "int64"}
+    sizes = [(path / "model.pte").stat().st_size for path in (bundle.path, tiny_executorch)]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert ids(call(bundle.path, "--prompt", PROMPT, *GREEDY, 60)) == python(bundle.path, 60)
+
+
+def test_our_operator_in_a_program(tmp_path: Path) -> None:
+    """`--backend liger` in C++: the tokens of Python's session."""
+    model = liger(small_llama(), window=6)
+    bundle = ld.export_bundle(model, "executorch", tmp_path / "b", ld.ExportOptions(backend="liger", chunk=8))
+    expected = list(generate(ld.load_session(bundle), list(range(5, 30)), 40))
+    assert ids(call(bundle.path, "--tokens", " ".join(map(str, range(5, 30))), *GREEDY, 40)) == expected
+
+
+def test_weights_beside_a_program(tmp_path: Path) -> None:
+    """`--external-weights`: a small program, and the file of another one serves it as well."""
+    model, made = liger(small_llama(), window=6), {}
+    for chunk in (8, 12):
+        options = ld.ExportOptions(external_weights=True, chunk=chunk)
+        made[chunk] = ld.export_bundle(model, "executorch", tmp_path / str(chunk), options).path
+    pte, ptd = ((made[8] / name).stat().st_size for name in ("model.pte", "model.ptd"))
+    assert ptd > 0.8 * 4 * sum(p.numel() for p in model.parameters())
+    assert pte < 0.5 * ptd
+    shutil.copy(made[12] / "model.ptd", made[8])
+    prompt = list(range(5, 30))
+    expected = list(generate(ld.EagerSession(model), prompt, 40))
+    assert list(generate(ld.load_session(relisted(made[8])), prompt, 40)) == expected
+    assert ids(call(made[8], "--tokens", " ".join(map(str, prompt)), *GREEDY, 40)) == expected
+    (made[8] / "model.ptd").write_bytes(b"junk" * 100)
+    assert "model.ptd is no weight file of ExecuTorch" in call(relisted(made[8]), "--tokens", "5", rc=2)
+    with pytest.raises(ld.UserError, match=r"model\.pte does not load in ExecuTorch"):
+        ld.load_session(made[8])
 
 
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_inductor"])

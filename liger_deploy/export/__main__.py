@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(BACKENDS),
         help="what an executorch program is lowered for (default: xnnpack)",
     )
+    parser.add_argument(
+        "--external-weights", action="store_true", help="of executorch: weights in a .ptd file beside it"
+    )
     parser.add_argument("--chunk", type=int, default=0, help="most tokens a prefill call takes")
 
 
@@ -45,6 +48,7 @@ def export(arguments: argparse.Namespace) -> int:
         arguments.device,
         arguments.chunk,
         arguments.group_size,
+        arguments.external_weights,
         arguments.backend,
     )
     bundle = export_bundle(arguments.model or EMBEDDED, arguments.target, out, options)

@@ -16,12 +16,15 @@ class Backend:
     Attributes:
         name: under which a runtime registers it; empty where the runtime needs none.
         partitioners: what splits a graph into its delegates; raises UserError where a package is missing.
-        quants: what it takes.
+        quants, dtypes: what it takes; 16 bits without quantization only.
+        fused: layers' mixing is this project's operator, which a runtime must have loaded.
     """
 
     name: str
     partitioners: Callable[[], list[Any]]
     quants: tuple[str, ...] = ("none",)
+    dtypes: tuple[str, ...] = ("float32",)
+    fused: bool = False
 
 
 def _xnnpack() -> list[Any]:
@@ -50,16 +53,19 @@ def _vulkan() -> list[Any]:
 
 
 BACKENDS: dict[str, Backend] = {
-    "xnnpack": Backend("XnnpackBackend", _xnnpack, ("none", "int8", "int4")),
+    "xnnpack": Backend("XnnpackBackend", _xnnpack, ("none", "int8", "int4"), ("float32", "float16")),
+    "liger": Backend("XnnpackBackend", _xnnpack, ("none", "int8", "int4"), fused=True),
     "coreml": Backend("CoreMLBackend", _core_ml),
     "vulkan": Backend("VulkanBackend", _vulkan),
     "portable": Backend("", list),
 }
 
 
-def backend(name: str, quant: str) -> Backend:
-    """The row of a name. Raises UserError where it does not take `quant`."""
+def backend(name: str, quant: str, dtype: str) -> Backend:
+    """The row of a name. Raises UserError where it does not take `quant` or `dtype`."""
     row = BACKENDS[name]
     if quant not in row.quants:
         raise UserError(f"--backend {name} does not take --quant {quant}: choose {' or '.join(row.quants)}")
+    if dtype not in row.dtypes or (dtype != "float32" and quant != "none"):
+        raise UserError(f"--backend {name} does not take --dtype {dtype} with --quant {quant}: leave out one of them")
     return row

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from liger_deploy.export.executorch_ops import fused_after_state
 from liger_deploy.model import window
 from liger_deploy.model.attention import LigerAttention
 from liger_deploy.model.lolcats import Lolcats
@@ -36,16 +37,23 @@ class Delegated(nn.Module):
     """A `StepModel` or `PrefillModel` whose layers run, and are traced, in this form, for exactly `tokens` tokens.
 
     Layers that have no such form (GSA, LoLCATs, attention sinks) keep their own. `core_ml`: that compiler
-    fails on a mean as a product with a constant row, and on a gather by a computed index.
+    fails on a mean as a product with a constant row, and on a gather by a computed index. `fused`: layers with a
+    recurrence are this project's operator.
     """
 
-    def __init__(self, program: StepModel | PrefillModel, tokens: int, core_ml: bool = False) -> None:
+    def __init__(
+        self, program: StepModel | PrefillModel, tokens: int, core_ml: bool = False, fused: bool = False
+    ) -> None:
         super().__init__()
         self.program = program
         self.constants = Constants()
         self._sums = _sums(self.constants, tokens)
         layers = [x for x in program.modules() if isinstance(x, LigerAttention) and has_one_node(x.liger)]
-        self._layers = [(x, _layer_constants(self.constants, x, tokens)) for x in layers]
+        recurrent = [x.liger.row.width != "none" for x in layers]
+        self._layers = [
+            (x, None if fused and has else _layer_constants(self.constants, x, tokens))
+            for x, has in zip(layers, recurrent, strict=True)
+        ]
         weights = [x for x in program.parameters() if x.dim() == 1]
         widths = {x.numel() for x in weights} | {x.head_dim for x in layers} if not core_ml else set()
         dtypes = {torch.float32, *(x.dtype for x in weights)}
@@ -59,7 +67,7 @@ class Delegated(nn.Module):
         before = [layer.after_state for layer, _ in self._layers]
         sums = Sums(*map(read, self._sums))
         for layer, names in self._layers:
-            layer.after_state = _Form(masks, sums, LayerConstants(*map(read, names)))
+            layer.after_state = _Form(masks, sums, LayerConstants(*map(read, names))) if names else _Fused(masks)
         try:
             places = read(self._places) if self._places else None
             with _Replaced({key: read(name) for key, name in self._means.items()}, places):
@@ -145,6 +153,28 @@ class Masks:
         if (name, width) not in self._made:
             self._made[name, width] = make()
         return self._made[name, width]
+
+
+class _Fused:
+    """`Mixer.after_state` of one layer as this project's operator."""
+
+    def __init__(self, masks: Masks) -> None:
+        self._masks = masks
+
+    def __call__(
+        self,
+        mixer: Mixer,
+        heads: Heads,
+        rope: Rope,
+        layer: LayerState,
+        length: Tensor,
+        valid: Tensor | None = None,
+        lolcats: Lolcats | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        """See `Mixer.after_state`."""
+        if valid is None:
+            valid = self._masks.once("all", 0, lambda: torch.ones_like(length))
+        return fused_after_state(mixer, heads, rope, layer, length, valid, lolcats)
 
 
 class _Form:

@@ -34,6 +34,7 @@ class ExportOptions:
         device: where the bundle will run.
         chunk: most tokens a prefill call takes; 0 takes the target's default.
         group_size: at 4 bits, weights of a row that share a scale; more are faster and coarser.
+        external_weights: a program's weights in a file beside it, which other programs of the model may share.
         backend: what a program of the executorch target is lowered for; empty takes its default, XNNPACK.
     """
 
@@ -43,7 +44,8 @@ class ExportOptions:
     device: Literal["cpu", "cuda"] = "cpu"
     chunk: int = 0
     group_size: int = 32
-    backend: Literal["", "xnnpack", "coreml", "vulkan", "portable"] = ""
+    external_weights: bool = False
+    backend: Literal["", "xnnpack", "liger", "coreml", "vulkan", "portable"] = ""
 
 
 Lower = Callable[["PreTrainedModel", Path, ExportOptions], "GraphInfo"]
@@ -95,6 +97,8 @@ class Target:
                 raise UserError(f"target {self.name!r} does not support --{name} {value}: choose {' or '.join(values)}")
         if options.group_size not in self.group_sizes:
             raise UserError(f"target {self.name!r} has --group-size {' or '.join(map(str, self.group_sizes))}")
+        if options.external_weights and not self.backends:
+            raise UserError(f"target {self.name!r} has no --external-weights: only executorch has")
         if options.backend and options.backend not in self.backends:
             raise UserError(f"target {self.name!r} has no --backend {options.backend}")
         if options.batch == 0 and self.batch:
@@ -112,7 +116,7 @@ TARGETS: dict[str, Target] = {
             "executorch",
             ("executorch",),
             "executorch",
-            ("float32",),
+            ("float32", "float16"),
             QUANTS,
             ("cpu",),
             64,

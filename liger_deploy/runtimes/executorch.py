@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from liger_deploy.bundle import Bundle
 from liger_deploy.errors import BundleError, UserError
 from liger_deploy.runtimes.session import BaseSession, Logits
 from liger_deploy.state import Array
+
+OPS = Path(__file__).parents[1] / "native" / "libliger_executorch_ops.so"  # written by `make native`
 
 
 class ExecuTorchSession(BaseSession):
@@ -39,11 +43,15 @@ class ExecuTorchSession(BaseSession):
         import executorch.kernels.quantized  # noqa: F401  (registers its operators with the runtime)
 
         path = str(bundle.file("model"))
-        _check_backend(path, self.manifest.graph.requires.get("backend", ""))
+        requires = self.manifest.graph.requires
+        _check_backend(path, requires.get("backend", ""))
+        if "operators" in requires:
+            _load_operators(path)
         _set_threads(threads)
         with _captured_log() as log:
             try:
-                self._program = Runtime.get().load_program(path)
+                weights = bundle.file("weights") if "weights" in self.manifest.graph.files else None
+                self._program = Runtime.get().load_program(path, data_path=weights)
                 if missing := {"decode", "prefill"} - self._program.method_names:
                     raise ValueError(f"it has no method {missing.pop()!r}")
                 self._decode, self._prefill = (self._program.load_method(name) for name in ("decode", "prefill"))
@@ -99,6 +107,16 @@ def _check_backend(path: str, needed: str) -> None:
             f"{path} was lowered for {needed}, and this build of ExecuTorch has {', '.join(names)}: "
             "run it where that is, or export with --backend xnnpack"
         )
+
+
+def _load_operators(path: str) -> None:
+    """Register this project's operator with the runtime."""
+    if not OPS.is_file():
+        raise UserError(
+            f"{path} was lowered with --backend liger, and {OPS} is not there: build it with `make native`, "
+            "or export with --backend xnnpack"
+        )
+    ctypes.CDLL(str(OPS))
 
 
 _pool: list[int] = []  # how many threads the pool has, once a program was loaded

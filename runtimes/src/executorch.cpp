@@ -1,6 +1,7 @@
 // ExecuTorch: the program's methods are shared by all forks, one run at a time; each session has its own state, which a
 // run reads where it lies and which its outputs are copied to.
 #include <executorch/extension/data_loader/mmap_data_loader.h>
+#include <executorch/extension/flat_tensor/flat_tensor_data_map.h>
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
 #include <executorch/extension/threadpool/threadpool_guard.h>
 #include <executorch/runtime/executor/method.h>
@@ -20,6 +21,7 @@ namespace {
 namespace et = executorch::runtime;
 using executorch::aten::ScalarType;
 using executorch::aten::TensorImpl;
+using executorch::extension::FlatTensorDataMap;
 using executorch::extension::MallocMemoryAllocator;
 using executorch::extension::MmapDataLoader;
 using executorch::extension::threadpool::NoThreadPoolGuard;
@@ -49,7 +51,7 @@ struct Method {
   std::optional<et::MemoryManager> memory;
   std::optional<et::Method> method;
 
-  Status load(et::Program& program, const char* name) {
+  Status load(et::Program& program, const char* name, const FlatTensorDataMap* weights) {
     auto meta = program.method_meta(name);
     if (!meta.ok()) return failed(std::string("it has no method '") + name + "'", meta.error());
     for (std::size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
@@ -60,7 +62,7 @@ struct Method {
     }
     planned.emplace(et::Span<et::Span<std::uint8_t>>(spans.data(), spans.size()));
     memory.emplace(&allocator, &*planned, &temporary);
-    auto loaded = program.load_method(name, &*memory);
+    auto loaded = program.load_method(name, &*memory, nullptr, weights);
     if (!loaded.ok())
       return failed(std::string("method '") + name + "' needs a backend or an operator that this runtime lacks",
                     loaded.error());
@@ -70,7 +72,8 @@ struct Method {
 };
 
 struct Program {
-  std::optional<MmapDataLoader> file;
+  std::optional<MmapDataLoader> file, weights_file;
+  std::optional<FlatTensorDataMap> weights;  // those that are not inside the program
   std::optional<et::Program> program;
   Method decode, prefill;
   std::mutex running;
@@ -254,16 +257,29 @@ Result<Opened> open_executorch(const Bundle& bundle, const Options& options) {
     held->one_thread = options.threads == 1;
     std::optional<NoThreadPoolGuard> no_pool;
     if (held->one_thread) no_pool.emplace();
-    auto file = MmapDataLoader::from(model->c_str(), MmapDataLoader::MlockConfig::NoMlock);
+    auto map = [](const std::string& path) {
+      return MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
+    };
+    auto file = map(*model);
     if (!file.ok()) return Error{Code::bundle, where + failed("it cannot be mapped", file.error()).message};
     held->file.emplace(std::move(*file));
+    if (auto path = bundle.file("weights")) {
+      const std::string unusable = *path + " is no weight file of ExecuTorch: ";
+      auto weights_file = map(*path);
+      if (!weights_file.ok()) return Error{Code::bundle, unusable + failed("it", weights_file.error()).message};
+      held->weights_file.emplace(std::move(*weights_file));
+      auto weights = FlatTensorDataMap::load(&*held->weights_file);
+      if (!weights.ok()) return Error{Code::bundle, unusable + failed("it is damaged", weights.error()).message};
+      held->weights.emplace(std::move(*weights));
+    }
     auto program = et::Program::load(&*held->file, et::Program::Verification::InternalConsistency);
     if (!program.ok())
       return Error{Code::bundle, where + failed("it is damaged, or for another version", program.error()).message};
     held->program.emplace(std::move(*program));
     for (const bool decode : {true, false}) {
       const char* name = decode ? "decode" : "prefill";
-      if (auto ok = (decode ? held->decode : held->prefill).load(*held->program, name); !ok)
+      const auto* weights = held->weights ? &*held->weights : nullptr;
+      if (auto ok = (decode ? held->decode : held->prefill).load(*held->program, name, weights); !ok)
         return Error{Code::bundle, where + ok.error().message};
       if (auto ok = check_method(bundle, *held->program, name, decode); !ok)
         return Error{Code::bundle, *model + ": " + ok.error().message};
