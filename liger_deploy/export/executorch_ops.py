@@ -62,9 +62,11 @@ def _fused_attention(
     return tuple(x.contiguous() for x in (out, *layer.tensors()))
 
 
-@torch.library.register_fake("liger::fused_attention", lib=_LIBRARY)
-def _(q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, length: Tensor, valid: Tensor, *rest: object) -> object:
+def _shapes(q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, length: Tensor, valid: Tensor, *rest: object) -> object:
     return (torch.empty_like(q), *(torch.empty_like(x) for x in rest[:3] if isinstance(x, Tensor)))
+
+
+torch.library.register_fake("liger::fused_attention", _shapes, lib=_LIBRARY)
 
 
 def fused_after_state(
