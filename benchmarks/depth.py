@@ -1,9 +1,10 @@
 """One shape on every runtime and beside its peers, by depth: makes models, proves them, runs `liger-deploy benchmark`.
 
-    python -m benchmarks.depth tiny|291m|tiny_cuda|291m_cuda [--threads N] [--folder DIR] [--peer-python PATH]
+    python -m benchmarks.depth NAME [--threads N] [--folder DIR] [--peer-python PATH]
 
 tiny: the embedded model, float32.  291m: a small Llama's shape, random weights, float32 and 4 bits, peers included.
-tiny_cuda, 291m_cuda: the same two in bfloat16 on a GPU.
+executorch: that shape in 4 bits, on ExecuTorch with and without this project's operator, and on ONNX Runtime.
+tiny_cuda, 291m_cuda: the first two in bfloat16 on a GPU.
 What is in --folder already is not made again. Writes benchmarks/results/depth_NAME.json, and docs/depth_NAME.png.
 """
 
@@ -27,7 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 20480, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
-# target, --dtype, --quant, and at int4 --group-size
+# target, --dtype, --quant, and at int4 --group-size, and of executorch --backend
 BUNDLES: dict[str, list[tuple[str, ...]]] = {
     "tiny": [("onnx", "float32", "none"), ("executorch", "float32", "none"), ("inductor", "float32", "none")],
     "291m": [
@@ -36,10 +37,15 @@ BUNDLES: dict[str, list[tuple[str, ...]]] = {
         ("executorch", "float32", "int4"),
         ("inductor", "float32", "none"), ("inductor", "bfloat16", "none"), ("inductor", "float32", "int8"),
     ],
+    "executorch": [
+        ("onnx", "float32", "int4"), ("executorch", "float32", "int4"),
+        ("executorch", "float32", "int4", "32", "liger"),
+    ],
     "tiny_cuda": [("inductor", "bfloat16", "none")],
     "291m_cuda": [("inductor", "bfloat16", "none")],
 }  # fmt: skip
 PEERS = {
+    "executorch": "",
     "tiny": "transformers",
     "291m": "llama.cpp,onnxruntime-genai,transformers,transformers-bf16",
     "tiny_cuda": "transformers-bf16,transformers-compiled-bf16",
@@ -58,15 +64,16 @@ def make(name: str, folder: Path) -> tuple[Path, list[Path]]:
     device, tiny = _device(name), name.startswith("tiny")
     base, model = (EMBEDDED.parent / "base", EMBEDDED) if tiny else (folder / "base", folder / "model")
     if not base.exists():
-        random_checkpoint(SHAPES[name.removesuffix("_cuda")], base)
+        random_checkpoint(SHAPES["291m"], base)
     if not model.exists():
         liger("convert", "--model", base, "--out", model)
     bundles = []
-    for target, dtype, quant, *group_size in BUNDLES[name]:
-        bundles.append(folder / "-".join([target, dtype if quant == "none" else quant, *group_size]))
+    for target, dtype, quant, *more in BUNDLES[name]:
+        bundles.append(folder / "-".join([target, dtype if quant == "none" else quant, *more]))
         if not bundles[-1].exists():
             options: tuple[object, ...] = ("--target", target, "--dtype", dtype, "--quant", quant)
-            options += ("--group-size", *group_size) if group_size else ()
+            for flag, value in zip(("--group-size", "--backend"), more, strict=False):
+                options += (flag, value)
             if target == "inductor":
                 options += ("--device", device, "--batch", 1)
             liger("export", "--model", model, "--out", bundles[-1], *options)
@@ -101,12 +108,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         base, bundles = make(arguments.name, folder)
-        out = RESULTS / f"depth_{arguments.name}.json"
-        peers = ("--peers", PEERS[arguments.name], "--base", base, "--peer-folder", folder)
+        threads = "_1_thread" if arguments.threads == 1 else ""
+        out = RESULTS / f"depth_{arguments.name}{threads}.json"
+        peers: tuple[object, ...] = ("--base", base, "--peer-folder", folder)
+        if PEERS[arguments.name]:
+            peers += ("--peers", PEERS[arguments.name])
         how = ("--threads", arguments.threads, "--contexts", CONTEXTS, "--stock")
         how += ("--device", _device(arguments.name))
         liger("benchmark", "--bundle", *bundles, *peers, "--peer-python", arguments.peer_python, *how, "--out", out)
-        for suffix in (".png", ".html"):
+        for suffix in (".png", ".html") if PEERS[arguments.name] else ():
             out.with_suffix(suffix).replace(ROOT / "docs" / out.with_suffix(suffix).name)
 
 

@@ -90,6 +90,7 @@ def entries(
         info = manifest.model
         bits = info.quant if info.quant != "none" else info.dtype
         bits += f" in groups of {info.group_size}" if info.group_size > 32 else ""
+        bits += ", fused" if "operators" in manifest.graph.requires else ""
         label = f"liger, {manifest.target} {bits}"
         size = sum(file.size for file in manifest.files.values()) - _second_copies(manifest.files)
         found.append(Entry(label, "bundle", path, sys.executable, size))

@@ -192,8 +192,8 @@ def test_bad_bundle_arguments(tiny_bundle: Path, tmp_path: Path, fails: Callable
     assert "already exists" in fails("export", "--target", "onnx", "--out", tiny_bundle)
     assert "already exists" in fails("convert", "--model", TINY_BASE, "--out", tmp_path)
     assert "choose one of onnx" in fails("export", "--target", "coffee", "--out", tmp_path / "x")
-    assert "does not support --dtype float16" in fails(
-        "export", "--target", "onnx", "--dtype", "float16", "--out", tmp_path / "x"
+    assert "does not support --dtype bfloat16" in fails(
+        "export", "--target", "executorch", "--dtype", "bfloat16", "--out", tmp_path / "x"
     )
     assert "--batch must be" in fails("export", "--target", "onnx", "--batch", "many", "--out", tmp_path / "x")
     assert "prompt is empty" in fails("generate", "--bundle", tiny_bundle, "--prompt", "")

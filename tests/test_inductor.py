@@ -182,7 +182,7 @@ def test_a_llama_step_is_five_products_a_layer() -> None:
     merge_linears(graph.module)
     step_linears(graph.module)
     steps = graph.module.graph.find_nodes(op="call_function", target=torch.ops.liger.linear_step.default)
-    found = [(node.args[2] is not None, node.args[4], node.args[5] is not None) for node in steps]
+    found = [(node.args[3] is not None, node.args[5], node.args[6] is not None) for node in steps]
     layer = [(True, False, False), (False, False, True), (True, True, False), (False, False, True)]
     assert found == [*layer, *layer, (True, False, False)]
 

@@ -293,15 +293,17 @@ from liger_deploy.model.kernels.attention_prefill import (
 )
 from liger_deploy.model.kernels.attention_sequence import SUB, attention_sequence
 from liger_deploy.model.kernels.attention_step import _attention_step
-from liger_deploy.model.kernels.linear_step import _linear_step
+from liger_deploy.model.kernels.linear_step import _linear_step, _linear_step_4bit
 
 def half(*shape):
     return torch.empty(*shape, dtype=torch.bfloat16)
 
 linear = dict(
-    x_ptr=half(64), weight_ptr=half(64, 64), norm_ptr=half(64), residual_ptr=half(64), out_ptr=half(64), eps=1e-5,
+    x_ptr=half(64), scale_ptr=half(64), norm_ptr=half(64), residual_ptr=half(64), out_ptr=half(64), eps=1e-5,
     N=64, D=64, BN=2, BD=64, NORM=True, SWIGLU=False, RESIDUAL=True, OVERLAP=True,
 )
+packed = dict(linear, words_ptr=torch.zeros(64, 8, dtype=torch.int32), J=4)
+linear |= dict(weight_ptr=half(64, 64), SCALED=False)
 state, ring, heads = torch.empty(2, 16, 16), half(2, 16, 16), half(2, 16)
 attention = dict(
     q_ptr=heads, k_ptr=heads, v_ptr=heads, gate_ptr=heads, length_ptr=torch.zeros(1).long(), state_ptr=state,
@@ -325,7 +327,9 @@ def taken(kernel):
     return {name: whole[name] for name in kernel.arg_names}
 
 prefill = [(kernel, taken(kernel)) for kernel in (_prefill_write, _prefill_scan, _prefill_read, _prefill_keep)]
-for kernel, arguments in ((_linear_step, linear), (_attention_step, attention), *prefill):
+steps = ((_linear_step, linear), (_linear_step_4bit, packed), (_attention_step, attention))
+for kernel, arguments in (*steps, *prefill):
+    arguments = {name: arguments[name] for name in kernel.arg_names}
     found = wrap.identify_accessed_tensors(kernel, arguments, {})
     print(*sorted(write.name for write in found.read_writes.writes))
 """
@@ -337,7 +341,7 @@ def test_torch_sees_what_the_kernels_write() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", ANALYSIS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:6] == [
-        "out_ptr", "out_ptr ring_k_ptr ring_v_ptr state_ptr",
+    assert done.stdout.split("\n")[:7] == [
+        "out_ptr", "out_ptr", "out_ptr ring_k_ptr ring_v_ptr state_ptr",
         "faded_ptr key_ptr prefix_ptr total_ptr writes_ptr", "before_ptr state_ptr", "out_ptr", "ring_k_ptr ring_v_ptr",
     ]  # fmt: skip

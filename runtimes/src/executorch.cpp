@@ -263,6 +263,10 @@ Result<Opened> open_executorch(const Bundle& bundle, const Options& options) {
     auto file = map(*model);
     if (!file.ok()) return Error{Code::bundle, where + failed("it cannot be mapped", file.error()).message};
     held->file.emplace(std::move(*file));
+    auto program = et::Program::load(&*held->file, et::Program::Verification::InternalConsistency);
+    if (!program.ok())
+      return Error{Code::bundle, where + failed("it is damaged, or for another version", program.error()).message};
+    held->program.emplace(std::move(*program));
     if (auto path = bundle.file("weights")) {
       const std::string unusable = *path + " is no weight file of ExecuTorch: ";
       auto weights_file = map(*path);
@@ -272,10 +276,6 @@ Result<Opened> open_executorch(const Bundle& bundle, const Options& options) {
       if (!weights.ok()) return Error{Code::bundle, unusable + failed("it is damaged", weights.error()).message};
       held->weights.emplace(std::move(*weights));
     }
-    auto program = et::Program::load(&*held->file, et::Program::Verification::InternalConsistency);
-    if (!program.ok())
-      return Error{Code::bundle, where + failed("it is damaged, or for another version", program.error()).message};
-    held->program.emplace(std::move(*program));
     for (const bool decode : {true, false}) {
       const char* name = decode ? "decode" : "prefill";
       const auto* weights = held->weights ? &*held->weights : nullptr;
