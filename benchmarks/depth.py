@@ -59,14 +59,20 @@ def liger(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "liger_deploy", *map(str, words)], check=True)
 
 
-def make(name: str, folder: Path) -> tuple[Path, list[Path]]:
-    """The softmax checkpoint and the proved bundles."""
-    device, tiny = _device(name), name.startswith("tiny")
-    base, model = (EMBEDDED.parent / "base", EMBEDDED) if tiny else (folder / "base", folder / "model")
+def checkpoints(folder: Path) -> tuple[Path, Path]:
+    """The 291M shape's softmax checkpoint and its Liger form."""
+    base, model = folder / "base", folder / "model"
     if not base.exists():
         random_checkpoint(SHAPES["291m"], base)
     if not model.exists():
         liger("convert", "--model", base, "--out", model)
+    return base, model
+
+
+def make(name: str, folder: Path) -> tuple[Path, list[Path]]:
+    """The softmax checkpoint and the proved bundles."""
+    device = _device(name)
+    base, model = (EMBEDDED.parent / "base", EMBEDDED) if name.startswith("tiny") else checkpoints(folder)
     bundles = []
     for target, dtype, quant, *more in BUNDLES[name]:
         bundles.append(folder / "-".join([target, dtype if quant == "none" else quant, *more]))

@@ -20,7 +20,7 @@ from typing import Any
 
 import liger_deploy as ld
 from benchmarks import report
-from benchmarks.depth import SHAPES, liger, random_checkpoint
+from benchmarks.depth import checkpoints, liger
 from liger_deploy.bundle import Bundle
 
 BACKENDS = ("xnnpack", "liger")
@@ -52,11 +52,7 @@ def measure(folder: Path, threads: int) -> dict[str, Any]:
 
 def make(folder: Path) -> None:
     """The two bundles."""
-    base, model = folder / "base", folder / "model"
-    if not base.exists():
-        random_checkpoint(SHAPES["291m"], base)
-    if not model.exists():
-        liger("convert", "--model", base, "--out", model)
+    _, model = checkpoints(folder)
     for name in BACKENDS:
         if not (folder / name).exists():
             options = ("--target", "executorch", "--quant", "int4", "--backend", name)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from liger_deploy.export.executorch_ops import fused_after_state
+from liger_deploy.export.executorch_ops import fused
 from liger_deploy.model import window
 from liger_deploy.model.attention import LigerAttention
 from liger_deploy.model.lolcats import Lolcats
@@ -37,22 +37,21 @@ class Delegated(nn.Module):
     """A `StepModel` or `PrefillModel` whose layers run, and are traced, in this form, for exactly `tokens` tokens.
 
     Layers that have no such form (GSA, LoLCATs, attention sinks) keep their own. `core_ml`: that compiler
-    fails on a mean as a product with a constant row, and on a gather by a computed index. `fused`: layers with a
+    fails on a mean as a product with a constant row, and on a gather by a computed index. `operator`: layers with a
     recurrence are this project's operator.
     """
 
     def __init__(
-        self, program: StepModel | PrefillModel, tokens: int, core_ml: bool = False, fused: bool = False
+        self, program: StepModel | PrefillModel, tokens: int, core_ml: bool = False, operator: bool = False
     ) -> None:
         super().__init__()
         self.program = program
         self.constants = Constants()
         self._sums = _sums(self.constants, tokens)
         layers = [x for x in program.modules() if isinstance(x, LigerAttention) and has_one_node(x.liger)]
-        recurrent = [x.liger.row.width != "none" for x in layers]
         self._layers = [
-            (x, None if fused and has else _layer_constants(self.constants, x, tokens))
-            for x, has in zip(layers, recurrent, strict=True)
+            (x, None if operator and x.liger.row.width != "none" else _layer_constants(self.constants, x, tokens))
+            for x in layers
         ]
         weights = [x for x in program.parameters() if x.dim() == 1]
         widths = {x.numel() for x in weights} | {x.head_dim for x in layers} if not core_ml else set()
@@ -172,9 +171,10 @@ class _Fused:
         lolcats: Lolcats | None = None,
     ) -> tuple[Tensor, LayerState]:
         """See `Mixer.after_state`."""
+        assert lolcats is None
         if valid is None:
             valid = self._masks.once("all", 0, lambda: torch.ones_like(length))
-        return fused_after_state(mixer, heads, rope, layer, length, valid, lolcats)
+        return fused(mixer, heads, rope, layer, length, valid)
 
 
 class _Form:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from liger_deploy.config import LigerConfig
-from liger_deploy.model.lolcats import Lolcats
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
+from liger_deploy.model.ops import full_rope
 from liger_deploy.model.window import Rope
 
 _TENSORS = "q k v gate_key length valid recurrent window_k window_v cos sin"
@@ -69,25 +69,14 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, gate_key: Tensor, length: Tensor, v
 torch.library.register_fake("liger::fused_attention", _shapes, lib=_LIBRARY)
 
 
-def fused_after_state(
-    mixer: Mixer,
-    heads: Heads,
-    rope: Rope,
-    layer: LayerState,
-    length: Tensor,
-    valid: Tensor | None = None,
-    lolcats: Lolcats | None = None,
+def fused(
+    mixer: Mixer, heads: Heads, rope: Rope, layer: LayerState, length: Tensor, valid: Tensor
 ) -> tuple[Tensor, LayerState]:
-    """`Mixer.after_state` through the operator, for a layer with one recurrence; `valid` is needed."""
-    assert valid is not None
-    assert lolcats is None
+    """`Mixer.after_state` through the operator, for a layer with one recurrence."""
     config = mixer.liger
-    if not rope[0].shape[1]:  # a layer without RoPE: turned by nothing
-        shape = (config.window + heads.k.shape[1], heads.k.shape[-1])
-        rope = heads.k.new_ones(shape), heads.k.new_zeros(shape)
     out, *new = torch.ops.liger.fused_attention(
-        *(x.contiguous() for x in heads), length, valid, *layer.recurrent, layer.window_k, layer.window_v, *rope,
-        config.structure, config.feature_map == "softmax", config.gate_normalizer, config.lower_bound,
-        config.recurrent_weight, config.window_weight, mixer.scaling,
+        *(x.contiguous() for x in heads), length, valid, *layer.recurrent, layer.window_k, layer.window_v,
+        *full_rope(rope, heads), config.structure, config.feature_map == "softmax", config.gate_normalizer,
+        config.lower_bound, config.recurrent_weight, config.window_weight, mixer.scaling,
     )  # fmt: skip
     return out, LayerState((new[0],), *new[1:])

@@ -84,6 +84,14 @@ def has_one_node(config: LigerConfig) -> bool:
     return config.row.width in ("key", "scalar", "none") and not config.sinks
 
 
+def full_rope(rope: Rope, heads: Heads) -> Rope:
+    """The tables; of a layer without RoPE among others with it, such as turn by nothing."""
+    if rope[0].shape[1]:
+        return rope
+    shape = (rope[0].shape[0], heads.k.shape[-1])
+    return heads.k.new_ones(shape, dtype=torch.float32), heads.k.new_zeros(shape, dtype=torch.float32)
+
+
 def attention_after_state(
     mixer: Mixer,
     heads: Heads,
@@ -96,9 +104,7 @@ def attention_after_state(
     """`Mixer.after_state` through `liger::attention`, for a layer that `has_one_node`; `valid` is needed."""
     assert valid is not None
     assert lolcats is None
-    if not rope[0].shape[1]:  # a layer without RoPE among others with it: turned by nothing
-        shape = (rope[0].shape[0], heads.k.shape[-1])
-        rope = heads.k.new_ones(shape, dtype=torch.float32), heads.k.new_zeros(shape, dtype=torch.float32)
+    rope = full_rope(rope, heads)
     state = (list(layer.recurrent), layer.window_k, layer.window_v)
     config = json.dumps(mixer.liger.to_dict(), sort_keys=True)
     out, *new = attention(*heads, length, valid, *state, *rope, config, mixer.scaling)
