@@ -122,8 +122,11 @@ def main() -> None:
         how = ("--threads", arguments.threads, "--contexts", CONTEXTS, "--stock")
         how += ("--device", _device(arguments.name))
         liger("benchmark", "--bundle", *bundles, *peers, "--peer-python", arguments.peer_python, *how, "--out", out)
-        for suffix in (".png", ".html") if PEERS[arguments.name] else ():
-            out.with_suffix(suffix).replace(ROOT / "docs" / out.with_suffix(suffix).name)
+        for page in (out.with_suffix(suffix) for suffix in (".png", ".html")):
+            if PEERS[arguments.name]:
+                page.replace(ROOT / "docs" / page.name)
+            else:  # its table is enough
+                page.unlink()
 
 
 if __name__ == "__main__":

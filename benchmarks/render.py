@@ -125,6 +125,16 @@ def depth_tiny_cuda() -> str:
     return _depth("tiny_cuda", "The embedded model, bfloat16.")
 
 
+def depth_executorch() -> str:
+    """ExecuTorch beside ONNX Runtime, two threads."""
+    return _depth("executorch", "291 million parameters, random weights.")
+
+
+def depth_executorch_1_thread() -> str:
+    """The same on one thread."""
+    return _depth("executorch_1_thread", "The same on one thread.")
+
+
 def executorch_profile() -> str:
     """Where an ExecuTorch step spends its time."""
     f, source = result("executorch_profile")
@@ -163,14 +173,15 @@ def executorch_operator() -> str:
 def _depth(name: str, what: str) -> str:
     """A row a subject, a column a depth: milliseconds a token; then time to the first token, prefill and memory."""
     f, source = result(f"depth_{name}")
-    source = re.sub("`.*?`", f"`python -m benchmarks.depth {name}`", source, count=1)
+    command = re.sub("_1_thread$", " --threads 1", name)
+    source = re.sub("`.*?`", f"`python -m benchmarks.depth {command}`", source, count=1)
     depths = " | ".join(f"{c:,}" for c in f["contexts"])
     memory = report.memory(f)
     head = f"| ms a token at depth | {depths} | first token | prefill, tokens/s | {memory} | files |"
     lines = [f"| {' | '.join([*row[:-3], row[-2]])} |" for row in report.rows(f)]
-    loop = f["reference_loop_s"]
+    loop, plural = f["reference_loop_s"], "s" * (f["threads"] > 1)
     note = (
-        f"{what} {f['threads']} threads, batch 1. First token: of a prompt of {f['contexts'][0]} tokens. "
+        f"{what} {f['threads']} thread{plural}, batch 1. First token: of a prompt of {f['contexts'][0]} tokens. "
         f"Prefill: up to the first and the last depth. {memory[0].upper()}{memory[1:]}: at the "
         "last. A fixed loop beside the steps took "
         f"{loop['p10'] * 1e3:.1f} to {loop['p90'] * 1e3:.1f} ms (10th to 90th percentile): the machine's noise."
@@ -308,6 +319,8 @@ TABLES: dict[str, Callable[[], str]] = {
         depth_ratios,
         depth_bandwidth,
         depth_tiny_cuda,
+        depth_executorch,
+        depth_executorch_1_thread,
         executorch_profile,
         executorch_operator,
         gpu_finetune,
