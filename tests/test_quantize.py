@@ -30,6 +30,15 @@ def bundle(quant: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ld.export_bundle(None, "onnx", tmp_path_factory.mktemp("quantized") / quant, options).path
 
 
+def products(graph: onnx.GraphProto) -> list[tuple[int, int]]:
+    """Bits and group size of each quantized product; those of the domain `liger` are 4 bits'."""
+    nodes = [node for node in graph.node if "NBits" in node.op_type]
+    attributes = [{a.name: a.i for a in node.attribute} for node in nodes]
+    return [
+        (a["bits"] if node.domain != "liger" else 4, a["block_size"]) for node, a in zip(nodes, attributes, strict=True)
+    ]
+
+
 def test_the_trained_model_stays_close(quant: str, bundle: Path) -> None:
     rows = {row.check: row for row in verify(bundle)}
     assert [row.check for row in rows.values() if not row.passed] == []
@@ -41,10 +50,9 @@ def test_it_saves_what_it_should(quant: str, bundle: Path, tiny_bundle: Path) ->
     sizes = [sum(p.stat().st_size for p in path.glob("model.onnx*")) for path in (bundle, tiny_bundle)]
     assert sizes[0] < SHARE[quant] * sizes[1]
     graph = onnx.load(bundle / "model.onnx").graph
-    matrices = [n for n in graph.node if n.op_type == "MatMulNBits"]
-    assert len(matrices) == 17  # q, k and v are one, gate and up are one
-    bits = [next(a.i for a in n.attribute if a.name == "bits") for n in matrices]
-    assert sorted(set(bits)) == ([8] if quant == "int8" else [4, 8])
+    found = products(graph)
+    assert len(found) == 17  # q, k and v are one, gate and up are one
+    assert sorted({bits for bits, _ in found}) == ([8] if quant == "int8" else [4, 8])
     large = [w for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT and np.prod(w.dims) > 30_000]
     assert [w.name for w in large if not w.name.endswith((".scales", ".rope_cos", ".rope_sin"))] == []
     assert sum(w.name.endswith(".rope_cos") for w in graph.initializer) == 1  # one table for all layers
@@ -111,9 +119,8 @@ def test_groups_of_any_allowed_size(tmp_path: Path) -> None:
         bundle = ld.export_bundle(None, "onnx", tmp_path / str(group_size), options)
         assert bundle.manifest.model.group_size == group_size
         sizes[group_size] = sum(info.size for name, info in bundle.manifest.files.items() if "model.onnx" in name)
-        nodes = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph.node
-        found = [{a.name: a.i for a in node.attribute} for node in nodes if node.op_type == "MatMulNBits"]
-        assert {(one["bits"], one["block_size"]) for one in found} == {(4, group_size), (8, 32)}
+        graph = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph
+        assert set(products(graph)) == {(4, group_size), (8, 32)}
     assert sizes[64] < 0.98 * sizes[32]
     assert [row.check for row in verify(tmp_path / "64", tokens=64) if not row.passed] == []
     for target, group_size, message in (

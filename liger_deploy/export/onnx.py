@@ -60,7 +60,7 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
         quantize(exported.model.graph, options.quant, options.group_size)
     elif options.dtype != "float32":
         narrow(exported.model.graph, options.dtype)
-    onnx_ops.add_functions(exported.model, bodies)
+    onnx_ops.add_functions(exported.model, bodies + onnx_ops.product_functions(exported.model.graph))
     exported.save(directory / MODEL, external_data=_weight_bytes(exported.model.graph) > EXTERNAL_ABOVE)
     check_graph(directory / MODEL, state)
     shape = model_shape(model)

@@ -3,7 +3,7 @@
 `liger::linear_attention` becomes `com.microsoft.LinearAttention`, ONNX Runtime's native operator (the standard operator
 of opset 27 expands to a Scan there). `liger::attention` becomes a node of the domain `liger`, with a model-local
 function as its body: ONNX Runtime runs this project's kernel where its library is registered, and inlines the body
-where it is not, so one file runs everywhere.
+where it is not, so one file runs everywhere. Products with matrices in 4 bits are such nodes too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from liger_deploy.model.ops import attention, linear_attention
 DOMAIN, VERSION = "liger", 1
 OPSET = 21
 CONTRIB = "com.microsoft"
+PRODUCT, SWIGLU = "MatMulNBits", "SwiGLUNBits"  # of the domain `liger`: W x; silu(gate) * up of W x's two halves
+ACCURACY = 4  # of com.microsoft.MatMulNBits: tokens in int8 inside the product
 
 
 def _linear_attention(
@@ -197,6 +199,32 @@ def function(kind: AttentionKind, chunk: int) -> onnx.FunctionProto:
     exported = torch.onnx.export(program, opset_version=OPSET, dynamo=True)
     assert exported is not None
     return _as_function(exported.model_proto, kind)
+
+
+def product_functions(graph: ir.Graph) -> list[onnx.FunctionProto]:
+    """Bodies of the products with matrices in 4 bits that a graph has: x, numbers, scales (float16), zeros -> y."""
+    used = {node.op_type for node in graph if node.domain == DOMAIN}
+    return [_product_function(name) for name in (PRODUCT, SWIGLU) if name in used]
+
+
+def _product_function(name: str) -> onnx.FunctionProto:
+    inputs, attributes, op = ["x", "numbers", "scales", "zeros"], ["K", "N", "block_size"], helper.make_node
+    product = op("MatMulNBits", ["x", "numbers", "scales32", "zeros"], ["y"], domain=CONTRIB, bits=4)
+    product.attribute.append(helper.make_attribute("accuracy_level", ACCURACY))
+    for attribute in attributes:  # the node's own
+        product.attribute.append(
+            onnx.AttributeProto(name=attribute, ref_attr_name=attribute, type=onnx.AttributeProto.INT)
+        )
+    nodes = [op("Cast", ["scales"], ["scales32"], to=onnx.TensorProto.FLOAT), product]
+    if name == SWIGLU:
+        nodes += [
+            op("Split", ["y"], ["gate", "up"], axis=-1, num_outputs=2),
+            op("Sigmoid", ["gate"], ["sigmoid"]),
+            op("Mul", ["gate", "sigmoid"], ["silu"]),
+            op("Mul", ["silu", "up"], ["out"]),
+        ]
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", OPSET), (CONTRIB, 1))]
+    return helper.make_function(DOMAIN, name, inputs, [nodes[-1].output[0]], nodes, opsets, attributes)
 
 
 def _as_function(model: onnx.ModelProto, kind: AttentionKind) -> onnx.FunctionProto:

@@ -3,7 +3,8 @@
 "int8": all in 8 bits. "int4": the layers' matrices in 4 bits; head and embedding stay at 8, as they hurt most.
 
 Products become `com.microsoft.MatMulNBits`, whose groups of 32 or more weights share a scale, by ONNX Runtime's own
-quantizer: at 8 bits always 32.
+quantizer: at 8 bits always 32. In 4 bits that is the body of a node of the domain `liger` (`onnx_ops.py`), whose scales
+are float16 and which takes in SwiGLU, so that this project's kernel can run in its place.
 It has no 8-bit embedding; that is a Gather of int8 rows times a Gather of their scales here.
 
 "float16", "bfloat16", for a GPU: matrices in that dtype, and their products' inputs and outputs.
@@ -19,13 +20,13 @@ import numpy as np
 import onnx_ir as ir
 
 from liger_deploy.errors import UserError
-from liger_deploy.export.onnx_ops import CONTRIB
+from liger_deploy.export.onnx_ops import ACCURACY, CONTRIB, DOMAIN, PRODUCT, SWIGLU
 from liger_deploy.export.onnx_rewrites import add_weight, remove_unused, replace, weight
 
 GROUP = 32  # of 8 bits
 LARGE = 0.01  # share of all weights from which a matrix must not stay float32
 READERS = ("MatMul", "Gemm", "Gather", "GatherND", "Transpose", "Reshape", "Einsum")
-ACCURACY = 4  # activations in int8 inside the product
+SMALLEST = float(np.finfo(np.float16).smallest_normal)
 
 
 def quantize(graph: ir.Graph, quant: str, group_size: int) -> None:
@@ -39,6 +40,8 @@ def quantize(graph: ir.Graph, quant: str, group_size: int) -> None:
             head = node.outputs[0].shape is not None and node.outputs[0].shape[-1] == vocab
             bits, size = (8, GROUP) if head or quant == "int8" else (4, group_size)
             _product(graph, node, bits, size)
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == PRODUCT]:
+        _take_in_swiglu(graph, node)
     remove_unused(graph)
     check_quantized(graph)
 
@@ -96,14 +99,40 @@ def _product(graph: ir.Graph, node: ir.Node, bits: int, group_size: int) -> None
         packed, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(array))
     finally:
         logging.disable(level)
+    attributes = {"K": array.shape[0], "N": array.shape[1], "block_size": group_size}
+    kernel = bits == 4 and _fits_float16(scales)
+    if kernel:
+        scales, domain, name = scales.astype(np.float16), DOMAIN, PRODUCT
+    else:
+        attributes |= {"bits": bits, "accuracy_level": ACCURACY}
+        domain, name = CONTRIB, "MatMulNBits"
     parts = {"int": packed, "scales": scales} | ({} if symmetric else {"zero_points": zeros})
-    weights = [add_weight(graph, f"{matrix.name}.{bits}bit.{name}", part) for name, part in parts.items()]
-    attributes = {"K": array.shape[0], "N": array.shape[1], "bits": bits, "block_size": group_size}
-    attributes["accuracy_level"] = ACCURACY
-    replace(graph, node.outputs[0], ir.node("MatMulNBits", [x, *weights], attributes, domain=CONTRIB))
+    weights = [add_weight(graph, f"{matrix.name}.{bits}bit.{part}", values) for part, values in parts.items()]
+    replace(graph, node.outputs[0], ir.node(name, [x, *weights], attributes, domain=domain))
     graph.remove(node, safe=True)
     if not matrix.uses():
         del graph.initializers[str(matrix.name)]
+
+
+def _fits_float16(scales: np.ndarray) -> bool:  # type: ignore[type-arg]
+    """Whether float16 keeps them to 11 bits."""
+    sizes = np.abs(scales)
+    return bool(((sizes == 0) | (sizes >= SMALLEST)).all() and sizes.max(initial=0) <= np.finfo(np.float16).max)
+
+
+def _take_in_swiglu(graph: ir.Graph, product: ir.Node) -> None:
+    """Split(W x) -> gate, up; gate * Sigmoid(gate) * up, as one node."""
+    users = [node for node, _ in product.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type != "Split" or len(users[0].outputs) != 2:
+        return
+    gate, up = users[0].outputs
+    sigmoids = [node for node, _ in gate.uses() if node.op_type == "Sigmoid"]
+    if len(sigmoids) != 1 or gate.shape is None or up.shape is None or gate.shape[-1] != up.shape[-1]:
+        return
+    for silu in [node for node, _ in sigmoids[0].outputs[0].uses() if node.op_type == "Mul" and gate in node.inputs]:
+        for last in [node for node, _ in silu.outputs[0].uses() if node.op_type == "Mul" and up in node.inputs]:
+            fused = ir.node(SWIGLU, product.inputs, product.attributes, domain=DOMAIN)
+            replace(graph, last.outputs[0], fused)
 
 
 def _embed_int8(graph: ir.Graph, node: ir.Node) -> None:

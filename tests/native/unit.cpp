@@ -1,4 +1,5 @@
-// The session contract, state files, sampling and the C interface on a toy runtime: `ctest`, also under sanitizers.
+// The session contract, state files, sampling and the C interface on a toy runtime, and the product with matrices in 4 bits:
+// `ctest`, also under sanitizers and on emulated ARM.
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +9,7 @@
 #include <new>
 #include <thread>
 
+#include "../../export/kernels/matmul_4bit.h"
 #include "backend.h"
 #include "liger.h"
 #include "sha256.h"
@@ -264,6 +266,55 @@ void the_c_interface_answers_in_words() {
   CHECK(elsewhere.empty());
 }
 
+// Tokens whose largest value in a group is 127 are rounded to themselves: all forms give the exact product.
+void products_of_4_bits_are_exact() {
+  std::uint32_t seed = 1;
+  const auto random = [&](std::uint32_t below) { return ((seed = seed * 1664525 + 1013904223) >> 8) % below; };
+  constexpr std::int64_t kRows = 50, kTokens = 5;
+  for (const char* limit : {"", "avx2", "plain"})
+    for (const std::int64_t group : {32, 64, 128})
+      for (const std::int64_t columns : {32, 160, 1000, 2816})
+        for (const bool swiglu : {false, true}) {
+          liger::Matrix4Bit w{nullptr, nullptr, nullptr, kRows, columns, group};
+          const std::int64_t groups = w.groups(), zero_bytes = (groups + 1) / 2;
+          std::vector<std::uint8_t> numbers(kRows * w.row_bytes()), zeros(kRows * zero_bytes);
+          std::vector<std::uint16_t> scales(kRows * groups);
+          std::vector<float> x(kTokens * columns), y(kTokens * kRows, NAN);
+          for (auto& byte : numbers) byte = static_cast<std::uint8_t>(random(256));
+          for (auto& byte : zeros) byte = static_cast<std::uint8_t>(random(256));
+          for (auto& half : scales) half = static_cast<std::uint16_t>((14 + random(2)) << 10 | random(2) << 15);  // 1/2, 1
+          for (std::size_t i = 0; i < x.size(); ++i)
+            x[i] = i % columns % group ? static_cast<float>(static_cast<int>(random(255)) - 127) : 127.0f;
+          w.numbers = numbers.data(), w.scales = scales.data(), w.zeros = zeros.data();
+          const liger::MatMul4Bit form = liger::matmul_4bit(limit);
+          liger::Tokens8Bit rounded;
+          rounded.resize(kTokens, w);
+          for (std::int64_t t = 0; t < kTokens; ++t) form.round(x.data() + t * columns, w, t, &rounded);
+          const std::int64_t width = swiglu ? kRows / 2 : kRows;
+          for (std::int64_t row = 0; row < width; row += 32)
+            form.rows(w, swiglu, kTokens, rounded, row, std::min(row + 32, width), y.data());
+          const auto exact = [&](std::int64_t t, std::int64_t row) {
+            double sum = 0;
+            for (std::int64_t k = 0; k < columns; ++k) {
+              const std::int64_t g = k / group;
+              const int number = numbers[row * w.row_bytes() + k / 2] >> k % 2 * 4 & 15;
+              const int zero = zeros[row * zero_bytes + g / 2] >> g % 2 * 4 & 15;
+              sum += liger::detail::from_half(scales[row * groups + g]) * (number - zero) * x[t * columns + k];
+            }
+            return sum;
+          };
+          double worst = 0, largest = 0;
+          for (std::int64_t t = 0; t < kTokens; ++t)
+            for (std::int64_t row = 0; row < width; ++row) {
+              double want = exact(t, row);
+              if (swiglu) want = want / (1 + std::exp(-want)) * exact(t, row + width);
+              largest = std::max(largest, std::fabs(want));
+              worst = std::max(worst, std::fabs(want - static_cast<double>(y[t * width + row])));
+            }
+          CHECK(worst < 1e-6 * largest);
+        }
+}
+
 }  // namespace
 
 int main() {
@@ -277,6 +328,7 @@ int main() {
   characters_come_whole();
   checksums_are_sha256();
   the_c_interface_answers_in_words();
+  products_of_4_bits_are_exact();
   std::printf(failures ? "%d checks failed\n" : "every check passed\n", failures);
   return failures ? 1 : 0;
 }
