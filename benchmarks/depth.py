@@ -3,7 +3,8 @@
     python -m benchmarks.depth NAME [--threads N] [--folder DIR] [--peer-python PATH]
 
 tiny: the embedded model, float32.  291m: a small Llama's shape, random weights, float32 and 4 bits, peers included.
-executorch: that shape in 4 bits, on ExecuTorch with and without this project's operator, and on ONNX Runtime.
+int4: that shape in 4 bits on ONNX Runtime, and its peers of 4 bits.
+executorch: the same on ExecuTorch, with and without this project's operator, and on ONNX Runtime.
 tiny_cuda, 291m_cuda: the first two in bfloat16 on a GPU.
 What is in --folder already is not made again. Writes benchmarks/results/depth_NAME.json, and docs/depth_NAME.png.
 """
@@ -37,6 +38,7 @@ BUNDLES: dict[str, list[tuple[str, ...]]] = {
         ("executorch", "float32", "int4"),
         ("inductor", "float32", "none"), ("inductor", "bfloat16", "none"), ("inductor", "float32", "int8"),
     ],
+    "int4": [("onnx", "float32", "int4"), ("onnx", "float32", "int4", "64")],
     "executorch": [
         ("onnx", "float32", "int4"), ("executorch", "float32", "int4"),
         ("executorch", "float32", "int4", "32", "liger"),
@@ -46,11 +48,13 @@ BUNDLES: dict[str, list[tuple[str, ...]]] = {
 }  # fmt: skip
 PEERS = {
     "executorch": "",
+    "int4": "llama.cpp,onnxruntime-genai",
     "tiny": "transformers",
     "291m": "llama.cpp,onnxruntime-genai,transformers,transformers-bf16",
     "tiny_cuda": "transformers-bf16,transformers-compiled-bf16",
     "291m_cuda": "transformers-bf16,transformers-compiled-bf16",
 }
+WITHOUT_PAGE = ("executorch", "int4")  # their tables are enough
 CONTEXTS = "128,1024,4096,16384"
 
 
@@ -123,10 +127,10 @@ def main() -> None:
         how += ("--device", _device(arguments.name))
         liger("benchmark", "--bundle", *bundles, *peers, "--peer-python", arguments.peer_python, *how, "--out", out)
         for page in (out.with_suffix(suffix) for suffix in (".png", ".html")):
-            if PEERS[arguments.name]:
-                page.replace(ROOT / "docs" / page.name)
-            else:  # its table is enough
+            if arguments.name in WITHOUT_PAGE:
                 page.unlink()
+            else:
+                page.replace(ROOT / "docs" / page.name)
 
 
 if __name__ == "__main__":

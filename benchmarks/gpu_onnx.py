@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,12 +78,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="copy the result there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = {"check": check(Path(folder))}
+        figures: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "check": check(Path(folder))}
+        _write(figures, arguments.out)  # the times may not end in the time that one has
         good = [p for p, rows in figures["check"].items() if "error" not in rows]
-        figures["times"] = times(Path(folder), good)
+        _write(figures | {"times": times(Path(folder), good)}, arguments.out)
+
+
+def _write(figures: dict[str, Any], copy: Path | None) -> None:
     path = report.write("gpu_onnx", report.command("python -m benchmarks.gpu_onnx"), figures)
-    if arguments.out:
-        shutil.copy(path, arguments.out)
+    if copy:
+        shutil.copy(path, copy)
 
 
 if __name__ == "__main__":

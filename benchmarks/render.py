@@ -14,6 +14,7 @@ from benchmarks.render_gpu import (
     gpu_finetune,
     gpu_finetune_two,
     gpu_layer,
+    gpu_onnx,
     gpu_prefill,
     gpu_quant,
     gpu_sequence,
@@ -123,6 +124,11 @@ def depth_291m() -> str:
 def depth_tiny_cuda() -> str:
     """The embedded model on a GPU."""
     return _depth("tiny_cuda", "The embedded model, bfloat16.")
+
+
+def depth_291m_cuda() -> str:
+    """A small model on a GPU."""
+    return _depth("291m_cuda", "291 million parameters, random weights, bfloat16.")
 
 
 def depth_executorch() -> str:
@@ -319,6 +325,7 @@ TABLES: dict[str, Callable[[], str]] = {
         depth_ratios,
         depth_bandwidth,
         depth_tiny_cuda,
+        depth_291m_cuda,
         depth_executorch,
         depth_executorch_1_thread,
         executorch_profile,
@@ -331,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
         gpu_prefill,
         gpu_layer,
         gpu_check,
+        gpu_onnx,
         native,
         drift,
         memory_1b,

@@ -62,6 +62,23 @@ def gpu_sequence() -> str:
     return "\n".join([head, "|---" * 5 + "|", *lines, "", f"{note} {source}"])
 
 
+def gpu_onnx() -> str:
+    """ONNX bundles on the CUDA provider."""
+    f, source = result("gpu_onnx")
+    lines = []
+    for name, rows in f["check"].items():
+        passed = sum(row[2] for row in rows.values())
+        first, (value, *_) = next(iter(rows.items()))
+        time = f["times"][name]
+        lines.append(
+            f"| {name} | {passed} of {len(rows)} | {first}: {value:.1e} | {time['step_ms']:.1f} ms "
+            f"| {time['prefill_tokens_s']:,.0f} |"
+        )
+    head = "| precision | checks that pass, embedded model | the first of them | a step | prompt, tokens/s |"
+    note = "Times: 291 million parameters, random weights, one row, the logits in the program's memory."
+    return "\n".join([head, "|---" * 5 + "|", *lines, "", f"{note} {source}"])
+
+
 def gpu_step() -> str:
     """A step on a GPU by position, ours and Hugging Face's."""
     f, source = result("gpu_step_1b")

@@ -108,16 +108,18 @@ def test_kernel_and_body_round_tokens_alike(op: str, group: int) -> None:
 
 
 def test_zeros_and_poison() -> None:
-    """A token of zeros gives zeros; one of NaN does not touch the token beside it."""
+    """A token of zeros gives zeros; NaN or infinity gives NaN, and does not touch the tokens beside it."""
     w = weights(48, 1000, 32)
     x = tokens(3, 1000, 32, exact=True)
     x[0, 1] = 0
     session = runtime(onnx_ops.PRODUCT, w, 1000, 32, OPS)
     before = session.run(None, {"x": x})[0]
     assert not before[0, 1].any()
-    x[0, 1] = np.nan
-    after = session.run(None, {"x": x})[0]
-    np.testing.assert_array_equal(after[0, [0, 2]], before[0, [0, 2]])
+    for poison in (np.nan, np.inf):
+        x[0, 1, 70] = poison
+        after = session.run(None, {"x": x})[0]
+        np.testing.assert_array_equal(after[0, [0, 2]], before[0, [0, 2]])
+        assert np.isnan(after[0, 1]).all()
 
 
 @pytest.mark.parametrize(

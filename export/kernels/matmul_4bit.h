@@ -78,12 +78,13 @@ LIGER_INLINE void round_token(const float* x, const Matrix4Bit& w, int64_t t, To
       std::memcpy(padded, from, (w.columns - g * w.group) * sizeof(float));
       from = padded;
     }
-    Vec top = {};
+    Vec top = {}, poison = {};  // poison: zeros, or NaN where x is not finite
     for (int64_t i = 0; i < w.group; i += kLanes) {
       const Vec value = load<Vec>(from + i), size = select(value < 0.0f, -value, value);
       top = select(size > top, size, top);
+      poison += value * 0.0f;
     }
-    const float largest_size = largest(top), scale = largest_size / 127, inverse = scale > 0 ? 1 / scale : 0;
+    const float scale = largest(top) / 127 + sum(poison), inverse = scale > 0 ? 1 / scale : 0;
     VecInt total = {};
     for (int64_t i = 0; i < w.group; i += 32) {
       Bytes half[2];
@@ -101,9 +102,9 @@ LIGER_INLINE void round_token(const float* x, const Matrix4Bit& w, int64_t t, To
       std::memcpy(to + 64, &odd, 16);
       for (int64_t i4 = 0; i4 < 4; ++i4) scales[block * 4 + i4] = scale;
     }
-    int32_t sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
-    sums[g] = scale * static_cast<float>(sum);
+    int32_t whole_sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) whole_sum += total[lane];
+    sums[g] = scale * static_cast<float>(whole_sum);
   }
 }
 
@@ -117,9 +118,27 @@ LIGER_INLINE float from_half(uint16_t half) {
 
 LIGER_INLINE int zero_point(const uint8_t* zeros, int64_t g) { return zeros[g / 2] >> (g % 2 * 4) & 15; }
 
+// Sixteen rows of W as they lie, for several tokens.
+template <class Form>
+class AsTheyLie {
+ public:
+  static constexpr int kTokens = 4;
+  void take(const Matrix4Bit& w, int64_t row) { w_ = &w, row_ = row; }
+  template <int T>
+  LIGER_INLINE void products(Tokens8Bit& x, int64_t t, float* out) const {
+    for (int r = 0; r < 16; r += 4) Form::template products<4, T>(*w_, row_ + r, x, t, out + r);
+  }
+
+ private:
+  const Matrix4Bit* w_ = nullptr;
+  int64_t row_ = 0;
+};
+
 // What every form below computes: out[t * 16 + r] for R rows of W from `row` on and T tokens from `t` on. Rows beyond the
 // last are computed as the last.
 struct Plain {
+  using Several = AsTheyLie<Plain>;
+
   template <int R, int T>
   static void products(const Matrix4Bit& w, int64_t row, Tokens8Bit& x, int64_t t, float* out) {
     for (int r = 0; r < R; ++r) {
@@ -147,7 +166,7 @@ struct Plain {
 };
 
 #if defined(__x86_64__)
-#define LIGER_UNROLL _Pragma("GCC unroll 4")
+#define LIGER_UNROLL _Pragma("GCC unroll 8")
 #define LIGER_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define LIGER_VNNI \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")))
@@ -156,9 +175,9 @@ constexpr int64_t kAhead = 8192;  // bytes; the processor's own prefetching does
 
 struct Avx512Vnni {
   // 16 groups of each row from group g on; fewer at a row's end, where loads are masked. (Masked loads are not prefetched.)
-  template <int R, int T, bool whole>
+  template <int R, bool whole>
   static LIGER_VNNI LIGER_INLINE void panel(const Matrix4Bit& w, const int64_t (&rows)[R], Tokens8Bit& x, int64_t t,
-                                            int64_t g, __m512i index, __m512 (&sums)[R][T]) {
+                                            int64_t g, __m512i index, __m512 (&sums)[R]) {
     const int64_t groups = w.groups(), row_bytes = w.row_bytes(), chunk_groups = 128 / w.group;
     const int64_t count = whole ? 16 : groups - g;
     const __mmask16 scales_in = static_cast<__mmask16>((1u << count) - 1);
@@ -174,57 +193,109 @@ struct Avx512Vnni {
       const __m128i pairs = whole ? _mm_loadu_si64(zeros) : _mm_maskz_loadu_epi8(zeros_in, zeros);
       const __m128i single = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
       scale[r] = _mm512_cvtph_ps(halves);
-      if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(scales) + kAhead / 4, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(scales) + kAhead / 4, _MM_HINT_T0);
       const __m512 zero = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(single)), scale[r]);
-      LIGER_UNROLL for (int i = 0; i < T; ++i)
-        sums[r][i] = _mm512_fnmadd_ps(zero, _mm512_loadu_ps(x.sums(t + i) + g), sums[r][i]);
+      sums[r] = _mm512_fnmadd_ps(zero, _mm512_loadu_ps(x.sums(t) + g), sums[r]);
     }
     const int64_t first = g / chunk_groups, last = std::min(first + 16 / chunk_groups, x.chunks());
     for (int64_t c = first; c < last; ++c) {
       const int64_t left = row_bytes - c * 64;
-      __m512i even[R], odd[R];
-      __m512 factor[R];
+      const int8_t* tokens = x.numbers(t) + c * 128;
+      const __m512i x_even = _mm512_loadu_si512(tokens), x_odd = _mm512_loadu_si512(tokens + 64);
+      const __m512 x_scale = _mm512_loadu_ps(x.scales(t) + c * 16);
       LIGER_UNROLL for (int r = 0; r < R; ++r) {
         const uint8_t* numbers = w.numbers + rows[r] * row_bytes + c * 64;
         const __m512i pairs = whole || left >= 64 ? _mm512_loadu_si512(numbers)
                                                   : _mm512_maskz_loadu_epi8((1ull << left) - 1, numbers);
-        if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(numbers) + kAhead, _MM_HINT_T0);
-        even[r] = _mm512_and_si512(pairs, low_512);
-        odd[r] = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), low_512);
-        factor[r] = _mm512_permutexvar_ps(index, scale[r]);
+        _mm_prefetch(reinterpret_cast<const char*>(numbers) + kAhead, _MM_HINT_T0);
+        const __m512i even = _mm512_and_si512(pairs, low_512), odd = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), low_512);
+        const __m512i total = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), even, x_even), odd, x_odd);
+        const __m512 factor = _mm512_mul_ps(_mm512_permutexvar_ps(index, scale[r]), x_scale);
+        sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, sums[r]);
       }
       index = _mm512_add_epi32(index, _mm512_set1_epi32(static_cast<int>(chunk_groups)));
-      LIGER_UNROLL for (int i = 0; i < T; ++i) {
-        const int8_t* tokens = x.numbers(t + i) + c * 128;
-        const __m512i x_even = _mm512_loadu_si512(tokens), x_odd = _mm512_loadu_si512(tokens + 64);
-        const __m512 x_scale = _mm512_loadu_ps(x.scales(t + i) + c * 16);
-        LIGER_UNROLL for (int r = 0; r < R; ++r) {
-          __m512i total = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[r], x_even);
-          total = _mm512_dpbusd_epi32(total, odd[r], x_odd);
-          sums[r][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(factor[r], x_scale), sums[r][i]);
-        }
-      }
     }
   }
 
   template <int R, int T>
   LIGER_VNNI static void products(const Matrix4Bit& w, int64_t row, Tokens8Bit& x, int64_t t, float* out) {
+    static_assert(T == 1);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i index = _mm512_srlv_epi32(lanes, _mm512_set1_epi32(w.group == 32 ? 2 : w.group == 64 ? 3 : 4));
     int64_t rows[R], g = 0;
-    __m512 sums[R][T];
-    LIGER_UNROLL for (int r = 0; r < R; ++r) {
-      rows[r] = std::min(row + r, w.rows - 1);
-      LIGER_UNROLL for (int i = 0; i < T; ++i) sums[r][i] = _mm512_setzero_ps();
-    }
-    for (; g + 16 <= w.groups(); g += 16) panel<R, T, true>(w, rows, x, t, g, index, sums);
-    if (g < w.groups()) panel<R, T, false>(w, rows, x, t, g, index, sums);
-    LIGER_UNROLL for (int r = 0; r < R; ++r)
-      LIGER_UNROLL for (int i = 0; i < T; ++i) out[i * 16 + r] = _mm512_reduce_add_ps(sums[r][i]);
+    __m512 sums[R];
+    LIGER_UNROLL for (int r = 0; r < R; ++r) rows[r] = std::min(row + r, w.rows - 1), sums[r] = _mm512_setzero_ps();
+    for (; g + 16 <= w.groups(); g += 16) panel<R, true>(w, rows, x, t, g, index, sums);
+    if (g < w.groups()) panel<R, false>(w, rows, x, t, g, index, sums);
+    LIGER_UNROLL for (int r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(sums[r]);
   }
+
+  // For several tokens rows are turned once, so that each lies in a lane and a token's columns are what is spread.
+  class Several {
+   public:
+    static constexpr int kTokens = 8;
+
+    LIGER_VNNI void take(const Matrix4Bit& w, int64_t row) {
+      groups_ = w.groups(), group_ = w.group;
+      numbers_.resize(w.row_bytes() * 32), scales_.resize(groups_ * 16), zeros_.resize(groups_ * 16);
+      int32_t offsets[16];
+      for (int64_t r = 0; r < 16; ++r) {
+        const int64_t n = std::min(row + r, w.rows - 1);
+        offsets[r] = static_cast<int32_t>((n - row) * w.row_bytes());
+        const uint8_t* zeros = w.zeros + n * ((groups_ + 1) / 2);
+        for (int64_t g = 0; g < groups_; ++g) {
+          scales_[g * 16 + r] = _cvtsh_ss(w.scales[n * groups_ + g]);
+          zeros_[g * 16 + r] = scales_[g * 16 + r] * static_cast<float>(zero_point(zeros, g));
+        }
+      }
+      const __m512i at = _mm512_loadu_si512(offsets), low = _mm512_set1_epi8(15);
+      const uint8_t* from = w.numbers + row * w.row_bytes();
+      for (int64_t byte = 0; byte < w.row_bytes(); byte += 4) {  // eight columns of each row
+        const __m512i pairs = _mm512_i32gather_epi32(at, from + byte, 1);
+        uint8_t* to = numbers_.data() + byte * 32;
+        _mm512_storeu_si512(to, _mm512_and_si512(pairs, low));
+        _mm512_storeu_si512(to + 64, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), low));
+      }
+    }
+
+    template <int T>
+    LIGER_VNNI void products(Tokens8Bit& x, int64_t t, float* out) const {
+      __m512 sums[T];
+      LIGER_UNROLL for (int i = 0; i < T; ++i) sums[i] = _mm512_setzero_ps();
+      for (int64_t g = 0; g < groups_; ++g) {
+        __m512i totals[T];
+        LIGER_UNROLL for (int i = 0; i < T; ++i) totals[i] = _mm512_setzero_si512();
+        for (int64_t byte = g * group_ / 2; byte < (g + 1) * group_ / 2; byte += 4) {
+          const uint8_t* numbers = numbers_.data() + byte * 32;
+          const __m512i even = _mm512_loadu_si512(numbers), odd = _mm512_loadu_si512(numbers + 64);
+          LIGER_UNROLL for (int i = 0; i < T; ++i) {
+            const int8_t* tokens = x.numbers(t + i) + byte / 64 * 128 + byte % 64;
+            int32_t four[2];
+            std::memcpy(four, tokens, 4), std::memcpy(four + 1, tokens + 64, 4);
+            totals[i] = _mm512_dpbusd_epi32(totals[i], even, _mm512_set1_epi32(four[0]));
+            totals[i] = _mm512_dpbusd_epi32(totals[i], odd, _mm512_set1_epi32(four[1]));
+          }
+        }
+        const __m512 scale = _mm512_loadu_ps(scales_.data() + g * 16), zero = _mm512_loadu_ps(zeros_.data() + g * 16);
+        LIGER_UNROLL for (int i = 0; i < T; ++i) {
+          const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales(t + i)[g * group_ / 8]));
+          sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(totals[i]), factor, sums[i]);
+          sums[i] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sums(t + i)[g]), sums[i]);
+        }
+      }
+      LIGER_UNROLL for (int i = 0; i < T; ++i) _mm512_storeu_ps(out + i * 16, sums[i]);
+    }
+
+   private:
+    int64_t groups_ = 0, group_ = 0;
+    std::vector<uint8_t> numbers_;        // [K / 8, even and odd columns, 16 rows, 4]
+    std::vector<float> scales_, zeros_;  // [G, 16]: the zero points times their scales
+  };
 };
 
 struct Avx2 {
+  using Several = AsTheyLie<Avx2>;
+
   // 8 groups of each row from group g on, or the fewer that are left. 32 bytes of numbers are 64 columns.
   template <int R, int T, bool whole>
   static LIGER_AVX2 LIGER_INLINE void panel(const Matrix4Bit& w, const int64_t (&rows)[R], Tokens8Bit& x, int64_t t,
@@ -303,6 +374,8 @@ struct Avx2 {
 };
 #elif defined(__aarch64__)
 struct Neon {
+  using Several = AsTheyLie<Neon>;
+
   template <int R, int T>
   static void products(const Matrix4Bit& w, int64_t row, Tokens8Bit& x, int64_t t, float* out) {
     const int64_t groups = w.groups(), row_bytes = w.row_bytes();
@@ -336,35 +409,52 @@ struct Neon {
 };
 #endif
 
-// Sixteen rows of W, T tokens: out [T, 16].
-template <class Form, int T>
-LIGER_INLINE void sixteen_rows(const Matrix4Bit& w, int64_t row, Tokens8Bit& x, int64_t t, float* out) {
-  for (int r = 0; r < 16; r += 4) Form::template products<4, T>(w, row + r, x, t, out + r);
-}
+// Where results go: y [T, N], or [T, N/2] with SwiGLU.
+struct Result {
+  float* y;
+  int64_t width;
+  bool swiglu;
+};
 
-template <class Form, int T>
-LIGER_INLINE void some_tokens(const Matrix4Bit& w, bool swiglu, int64_t row, int64_t count, Tokens8Bit& x, int64_t t,
-                              float* y, int64_t width) {
-  float first[T * 16], up[T * 16];
-  sixteen_rows<Form, T>(w, row, x, t, first);
-  if (swiglu) sixteen_rows<Form, T>(w, row + width, x, t, up);
+// T tokens of sixteen rows, of which `count` are there.
+template <class Rows, int T>
+LIGER_INLINE void some_tokens(const Rows& gate, const Rows& up, Tokens8Bit& x, int64_t t, const Result& out, int64_t row,
+                              int64_t count) {
+  float first[T * 16], second[T * 16];
+  gate.template products<T>(x, t, first);
+  if (out.swiglu) up.template products<T>(x, t, second);
   for (int i = 0; i < T; ++i) {
     Vec value = load<Vec>(first + i * 16);
-    if (swiglu) value = value / (1 + exp(-value)) * load<Vec>(up + i * 16);
-    std::memcpy(y + (t + i) * width + row, &value, count * sizeof(float));
+    if (out.swiglu) value = value / (1 + exp(-value)) * load<Vec>(second + i * 16);
+    std::memcpy(out.y + (t + i) * out.width + row, &value, count * sizeof(float));
   }
 }
 
-// One task: rows [from, to) of the result, `from` a multiple of 16, for all tokens. y [T, N], or [T, N/2] with SwiGLU.
+template <class Rows, int most>
+LIGER_INLINE void all_tokens(Rows& gate, Rows& up, const Matrix4Bit& w, int64_t tokens, Tokens8Bit& x, int64_t from,
+                             int64_t to, const Result& out) {
+  for (int64_t row = from; row < to; row += 16) {
+    const int64_t count = std::min<int64_t>(to - row, 16);
+    gate.take(w, row);
+    if (out.swiglu) up.take(w, row + out.width);
+    int64_t t = 0;
+    for (; t + most <= tokens; t += most) some_tokens<Rows, most>(gate, up, x, t, out, row, count);
+    for (; t < tokens; ++t) some_tokens<Rows, 1>(gate, up, x, t, out, row, count);
+  }
+}
+
+// One task: columns [from, to) of the result, `from` a multiple of 16, for all tokens.
 template <class Form>
 LIGER_INLINE void matmul_rows(const Matrix4Bit& w, bool swiglu, int64_t tokens, Tokens8Bit& x, int64_t from, int64_t to,
                               float* y) {
-  const int64_t width = swiglu ? w.rows / 2 : w.rows;
-  for (int64_t row = from; row < to; row += 16) {
-    const int64_t count = std::min<int64_t>(to - row, 16);
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) some_tokens<Form, 4>(w, swiglu, row, count, x, t, y, width);
-    for (; t < tokens; ++t) some_tokens<Form, 1>(w, swiglu, row, count, x, t, y, width);
+  const Result out{y, swiglu ? w.rows / 2 : w.rows, swiglu};
+  if (tokens == 1) {
+    AsTheyLie<Form> gate, up;
+    all_tokens<AsTheyLie<Form>, 1>(gate, up, w, tokens, x, from, to, out);
+  } else {
+    using Several = typename Form::Several;
+    thread_local Several gate, up;
+    all_tokens<Several, Several::kTokens>(gate, up, w, tokens, x, from, to, out);
   }
 }
 
