@@ -195,9 +195,23 @@ def _depth(name: str, what: str) -> str:
     return "\n".join([head, "|---" * (len(f["contexts"]) + 5) + "|", *lines, "", f"{note} {source}"])
 
 
+def depth_int4_1_thread() -> str:
+    """The runtimes of 4 bits on one thread."""
+    return _depth("int4_1_thread", "The same model in 4 bits.")
+
+
 def depth_ratios() -> str:
     """Ours at 4 bits against each peer, by depth."""
-    f, source = result("depth_291m")
+    return _ratios("291m")
+
+
+def depth_ratios_1_thread() -> str:
+    """The same on one thread, for the peers of 4 bits."""
+    return _ratios("int4_1_thread")
+
+
+def _ratios(name: str) -> str:
+    f, source = result(f"depth_{name}")
     at = {one["label"]: [d["step_ms"]["median"] for d in one["depths"]] for one in f["subjects"]}
     ours = at["liger, onnx int4"]
     head = f"| time of a token over `liger, onnx int4` | {' | '.join(f'{c:,}' for c in f['contexts'])} |"
@@ -323,6 +337,8 @@ TABLES: dict[str, Callable[[], str]] = {
         depth_tiny,
         depth_291m,
         depth_ratios,
+        depth_int4_1_thread,
+        depth_ratios_1_thread,
         depth_bandwidth,
         depth_tiny_cuda,
         depth_291m_cuda,

@@ -64,7 +64,7 @@ def runtime(
     more = [] if constant else [helper.make_tensor_value_info(x.name, x.data_type, x.dims) for x in initializers]
     graph = helper.make_graph([node], "g", [typed[0], *more], typed[1:], initializers if constant else [])
     opsets = [helper.make_opsetid(d, v) for d, v in (("", 21), ("liger", 1), ("com.microsoft", 1))]
-    found = [] if ops else [onnx_ops._product_function(op)]
+    found = [] if ops else [onnx_ops.product_function(op)]
     model = helper.make_model(graph, opset_imports=opsets, functions=found, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2

@@ -282,7 +282,7 @@ LIGER_INLINE void attention_head(const AttentionOptions& o, const AttentionSizes
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))) inline void
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma" LIGER_WIDE))) inline void
 attention_head_avx512(const AttentionOptions& o, const AttentionSizes& z, const AttentionTensors& x, int64_t b,
                       int64_t g) {
   attention_head(o, z, x, b, g);

@@ -7,6 +7,11 @@
 #include <cstring>
 
 #define LIGER_INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define LIGER_WIDE ""
+#else
+#define LIGER_WIDE ",prefer-vector-width=512"
+#endif
 
 namespace liger {
 

@@ -1,4 +1,4 @@
-// Registers liger::Attention, WindowAttention, MatMulNBits and SwiGLUNBits with ONNX Runtime: thin, the work is in kernels/.
+// Registers liger::Attention, WindowAttention, MatMulNBits and SwiGLUNBits with ONNX Runtime: the work is in kernels/.
 //
 // Needs no libonnxruntime at link time and runs in any ONNX Runtime from the headers' version on.
 #define ORT_API_MANUAL_INIT
@@ -120,7 +120,7 @@ class MatMulKernel {
     matrix_.group = info.GetAttribute<int64_t>("block_size");
     const auto &[rows, columns, group] = std::tie(matrix_.rows, matrix_.columns, matrix_.group);
     if (group != 32 && group != 64 && group != 128) fail("block_size must be 32, 64 or 128");
-    if (rows < 1 || columns < 1 || (swiglu && rows % 2)) fail("N and K do not fit");
+    if (rows < 1 || columns < 1 || rows > kMost || columns > kMost || (swiglu && rows % 2)) fail("N and K do not fit");
     const int64_t groups = matrix_.groups();
     const int64_t counts[] = {rows * matrix_.row_bytes(), rows * groups, rows * ((groups + 1) / 2)};
     for (size_t index = 1; index < kInputs; ++index) {
@@ -139,6 +139,8 @@ class MatMulKernel {
   static constexpr size_t kInputs = 4;
 
  private:
+  static constexpr int64_t kMost = 1 << 30, kPart = 1 << 16;  // of rows and columns; bytes of W that a task reads at least
+
   [[noreturn]] static void fail(const std::string& what) { throw Ort::Exception("liger product: " + what, ORT_INVALID_ARGUMENT); }
 
   void compute(OrtKernelContext* raw) const {
@@ -147,7 +149,8 @@ class MatMulKernel {
     if (shape.empty() || shape.back() != matrix_.columns) fail("x must be K wide");
     const int64_t width = swiglu_ ? matrix_.rows / 2 : matrix_.rows;
     shape.back() = width;
-    Call call{this, matrix_, 1, context.GetInput(0).GetTensorData<float>(), context.GetOutput(0, shape).GetTensorMutableData<float>()};
+    Call call{this, matrix_, context.GetInput(0).GetTensorData<float>(),
+              context.GetOutput(0, shape).GetTensorMutableData<float>()};
     for (size_t axis = 0; axis + 1 < shape.size(); ++axis) call.tokens *= shape[axis];
     call.w.numbers = context.GetInput(1).GetTensorData<uint8_t>();
     call.w.scales = static_cast<const uint16_t*>(context.GetInput(2).GetTensorRawData());
@@ -163,16 +166,13 @@ class MatMulKernel {
     context.ParallelFor(Call::rows, static_cast<size_t>((width + call.part - 1) / call.part), 0, &call);
   }
 
-  static constexpr int64_t kPart = 1 << 16;  // bytes of W that a task reads at least
-
   struct Call {
     const MatMulKernel* kernel;
     liger::Matrix4Bit w;
-    int64_t tokens;
     const float* x;
     float* y;
+    int64_t tokens = 1, part = 0;
     liger::Tokens8Bit* rounded = nullptr;
-    int64_t part = 0;
 
     static void round(void* raw, size_t token) {
       const Call& call = *static_cast<const Call*>(raw);

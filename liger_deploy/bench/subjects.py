@@ -115,6 +115,7 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of the cache
         self.torch, self.device, self.most, self.dtype = torch, device, most, getattr(torch, dtype)
         self.cell = kv_bytes_a_token(path, self.dtype.itemsize)
         self.cache: Any = None

@@ -204,10 +204,11 @@ def function(kind: AttentionKind, chunk: int) -> onnx.FunctionProto:
 def product_functions(graph: ir.Graph) -> list[onnx.FunctionProto]:
     """Bodies of the products with matrices in 4 bits that a graph has: x, numbers, scales (float16), zeros -> y."""
     used = {node.op_type for node in graph if node.domain == DOMAIN}
-    return [_product_function(name) for name in (PRODUCT, SWIGLU) if name in used]
+    return [product_function(name) for name in (PRODUCT, SWIGLU) if name in used]
 
 
-def _product_function(name: str) -> onnx.FunctionProto:
+def product_function(name: str) -> onnx.FunctionProto:
+    """The body of `PRODUCT` or `SWIGLU`."""
     inputs, attributes, op = ["x", "numbers", "scales", "zeros"], ["K", "N", "block_size"], helper.make_node
     product = op("MatMulNBits", ["x", "numbers", "scales32", "zeros"], ["y"], domain=CONTRIB, bits=4)
     product.attribute.append(helper.make_attribute("accuracy_level", ACCURACY))
