@@ -3,7 +3,7 @@
 "int8": all in 8 bits. "int4": the layers' matrices in 4 bits; head and embedding stay at 8, as they hurt most.
 
 Products become `com.microsoft.MatMulNBits`, whose groups of 32 or more weights share a scale, by ONNX Runtime's own
-quantizer: at 8 bits always 32. In 4 bits that is the body of a node of the domain `liger` (`onnx_ops.py`), whose scales
+quantizer: 128 at 8 bits. In 4 bits that is the body of a node of the domain `liger` (`onnx_ops.py`), whose scales
 are float16 and which takes in SwiGLU, so that this project's kernel can run in its place.
 It has no 8-bit embedding; that is a Gather of int8 rows times a Gather of their scales here.
 
@@ -23,7 +23,7 @@ from liger_deploy.errors import UserError
 from liger_deploy.export.onnx_ops import ACCURACY, CONTRIB, DOMAIN, PRODUCT, SWIGLU
 from liger_deploy.export.onnx_rewrites import add_weight, remove_unused, replace, weight
 
-GROUP = 32  # of 8 bits
+GROUP = 128  # of 8 bits
 LARGE = 0.01  # share of all weights from which a matrix must not stay float32
 READERS = ("MatMul", "Gemm", "Gather", "GatherND", "Transpose", "Reshape", "Einsum")
 SMALLEST = float(np.finfo(np.float16).smallest_normal)
