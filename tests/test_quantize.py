@@ -121,7 +121,7 @@ def test_groups_of_any_allowed_size(tmp_path: Path) -> None:
         sizes[group_size] = sum(info.size for name, info in bundle.manifest.files.items() if "model.onnx" in name)
         graph = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph
         assert set(products(graph)) == {(4, group_size), (8, 128)}
-    assert sizes[64] < 0.98 * sizes[32]
+    assert sizes[64] < 0.985 * sizes[32]
     assert [row.check for row in verify(tmp_path / "64", tokens=64) if not row.passed] == []
     for target, group_size, message in (
         ("onnx", 48, "target 'onnx' has --group-size 32 or 64 or 128"),
