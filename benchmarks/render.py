@@ -5,6 +5,7 @@ python -m benchmarks.render [--check]
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -111,36 +112,6 @@ def quant() -> str:
     return "\n".join([head, "|---|---|---|---|---|---|---|", *lines, "", f"{note} {source}"])
 
 
-def depth_tiny() -> str:
-    """The embedded model on every runtime."""
-    return _depth("tiny", "The embedded model, float32.")
-
-
-def depth_291m() -> str:
-    """A small model on every runtime and beside its peers."""
-    return _depth("291m", "291 million parameters, random weights.")
-
-
-def depth_tiny_cuda() -> str:
-    """The embedded model on a GPU."""
-    return _depth("tiny_cuda", "The embedded model, bfloat16.")
-
-
-def depth_291m_cuda() -> str:
-    """A small model on a GPU."""
-    return _depth("291m_cuda", "291 million parameters, random weights, bfloat16.")
-
-
-def depth_executorch() -> str:
-    """ExecuTorch beside ONNX Runtime, two threads."""
-    return _depth("executorch", "291 million parameters, random weights.")
-
-
-def depth_executorch_1_thread() -> str:
-    """The same on one thread."""
-    return _depth("executorch_1_thread", "The same on one thread.")
-
-
 def executorch_profile() -> str:
     """Where an ExecuTorch step spends its time."""
     f, source = result("executorch_profile")
@@ -193,11 +164,6 @@ def _depth(name: str, what: str) -> str:
         f"{loop['p10'] * 1e3:.1f} to {loop['p90'] * 1e3:.1f} ms (10th to 90th percentile): the machine's noise."
     )
     return "\n".join([head, "|---" * (len(f["contexts"]) + 5) + "|", *lines, "", f"{note} {source}"])
-
-
-def depth_int4_1_thread() -> str:
-    """The runtimes of 4 bits on one thread."""
-    return _depth("int4_1_thread", "The same model in 4 bits.")
 
 
 def depth_ratios() -> str:
@@ -327,6 +293,15 @@ def recovery_paired() -> str:
     return "\n".join([head, "|---|---|---|---|", *lines, "", source])
 
 
+DEPTHS = {  # runs of `benchmarks.depth`, and what ran
+    "tiny": "The embedded model, float32.",
+    "291m": "291 million parameters, random weights.",
+    "int4_1_thread": "The same model in 4 bits.",
+    "executorch": "291 million parameters, random weights.",
+    "executorch_1_thread": "The same on one thread.",
+    "tiny_cuda": "The embedded model, bfloat16.",
+    "291m_cuda": "291 million parameters, random weights, bfloat16.",
+}
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
@@ -334,16 +309,9 @@ TABLES: dict[str, Callable[[], str]] = {
         tiny,
         demo,
         quant,
-        depth_tiny,
-        depth_291m,
         depth_ratios,
-        depth_int4_1_thread,
         depth_ratios_1_thread,
         depth_bandwidth,
-        depth_tiny_cuda,
-        depth_291m_cuda,
-        depth_executorch,
-        depth_executorch_1_thread,
         executorch_profile,
         executorch_operator,
         gpu_finetune,
@@ -365,7 +333,7 @@ TABLES: dict[str, Callable[[], str]] = {
         recovery_setup,
         recovery_paired,
     )
-}
+} | {f"depth_{name}": functools.partial(_depth, name, what) for name, what in DEPTHS.items()}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

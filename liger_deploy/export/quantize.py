@@ -100,8 +100,7 @@ def _product(graph: ir.Graph, node: ir.Node, bits: int, group_size: int) -> None
     finally:
         logging.disable(level)
     attributes = {"K": array.shape[0], "N": array.shape[1], "block_size": group_size}
-    kernel = bits == 4 and _fits_float16(scales)
-    if kernel:
+    if bits == 4 and _fits_float16(scales):
         scales, domain, name = scales.astype(np.float16), DOMAIN, PRODUCT
     else:
         attributes |= {"bits": bits, "accuracy_level": ACCURACY}
