@@ -57,8 +57,8 @@ def linear_step(shape: dict[str, int], bits: int) -> list[dict[str, Any]]:
 def _products(
     rows: int, width: int, norm: bool, swiglu: bool, residual: bool, bits: int
 ) -> list[tuple[float, int, tuple[int, int, int]]]:
-    """(milliseconds, bytes of the matrix, (rows of a program, columns of a load, warps)), the fastest first; weights
-    change from call to call, so that none is in the cache."""
+    """(milliseconds, bytes of the matrix, way), the fastest first; weights change from call to call, so that none is in
+    the cache."""
     from liger_deploy.model.kernels import linear_step as module
 
     height = rows * (1 + swiglu)
@@ -67,21 +67,27 @@ def _products(
     packed = (matrix, None) if bits == 16 else pack(matrix, bits)
     matrices = [[x if x is None else x.clone() for x in packed] for _ in range(copies)]
     x, scale = (torch.randn(width, device="cuda").bfloat16() for _ in range(2))
-    other, kept = torch.randn(rows, device="cuda").bfloat16() if residual else None, module.tiling
+    other = torch.randn(rows, device="cuda").bfloat16() if residual else None
 
     def run() -> None:
         for numbers, scales in matrices:
             module.linear_step(x, numbers, scales, scale if norm else None, 1e-5, swiglu, other)
 
-    found = []
-    for way in itertools.product((2, 4, 8, 16), (1024, 2048, 4096), (1, 2, 4, 8)):
-        share = way[0] * way[1] * (1 + swiglu) // (32 * way[2])  # weights that a thread holds
-        if 64 <= share <= 256 and way[1] < 2 * width:
+    found, kept = [], (module.tiling, module.tiling_4bit)
+    for way in itertools.product((2, 4, 8, 16), (1, 2, 4) if bits == 4 else (1024, 2048, 4096), (1, 2, 4, 8, 16)):
+        rows_of_program, second, warps = way
+        if bits == 4:  # rows, programs of a multiprocessor, warps
+            share = rows_of_program * width * (1 + swiglu) // (32 * warps)
+            module.tiling_4bit = functools.partial(_always, (rows_of_program, warps, second))  # type: ignore[assignment]
+        else:  # rows, columns of a load, warps
+            share = rows_of_program * second * (1 + swiglu) // (32 * warps)
             module.tiling = functools.partial(_always, way)  # type: ignore[assignment]
-            if (graph := _unless_too_large(captured, run, overlap_kernels)) is not None:
-                size = sum(part.nbytes for part in matrices[0] if part is not None)
-                found.append((median_ms(graph, 10) / copies, size, way))
-    module.tiling = kept
+        if not 32 <= share <= 512 or (bits != 4 and second >= 2 * width):  # weights that a thread holds
+            continue
+        if (graph := _unless_too_large(captured, run, overlap_kernels)) is not None:
+            size = sum(part.nbytes for part in matrices[0] if part is not None)
+            found.append((median_ms(graph, 10) / copies, size, way))
+    module.tiling, module.tiling_4bit = kept
     return sorted(found)
 
 
@@ -90,9 +96,9 @@ def attention_step() -> list[dict[str, Any]]:
     from liger_deploy.model.kernels import attention_step as module
 
     found, kept = [], module.tiling
-    cuts = ((32, 4, 2), (64, 2, 4), (16, 8, 2), (32, 4, 1), (32, 2, 2))
-    ways = [module.Tiling(v, b, 32, warps, matrix) for v, b, warps in cuts for matrix in (False, True)]
-    for batch, dtype in itertools.product((256, 64), (torch.float32,)):
+    cuts = ((32, 4, 2), (32, 4, 4), (64, 2, 4), (16, 8, 1), (16, 8, 2))
+    ways = [module.Tiling(v, b, 32, warps, False, stages) for v, b, warps in cuts for stages in (1, 2, 3)]
+    for batch, dtype in itertools.product((256, 64, 16), (torch.float32,)):
         timed = []
         for way in ways:
             module.tiling = functools.partial(_always, way)  # type: ignore[assignment]

@@ -1,12 +1,14 @@
 """A whole step of an exported package on a GPU: right first, then against memory bandwidth and against Hugging Face.
 
-    python -m benchmarks.gpu_step check|step|quant [--shape 1b|8b] [--layers N] [--out FILE]
+    python -m benchmarks.gpu_step check|step|quant|throughput [--shape 1b|8b] [--layers N] [--out FILE]
 
 check: the embedded model exported for CUDA passes `verify` in each precision, and in float32 its state continues on the
        CPU, and from there on the GPU again.
 step:  exports the shape in bfloat16 with random weights, compares the session with PyTorch, and times its captured step
        at several positions beside Hugging Face's model with a static cache under CUDA graphs.
 quant: exports the shape in bfloat16, 8 and 4 bits, at once, and times their captured steps in turn.
+throughput: exports the shape in bfloat16 for any number of rows, and times the captured step of as many sequences as
+       fit into the GPU's memory at 32k tokens, beside Hugging Face's model with as many as fit with its static cache.
 
 Times are medians of CUDA-graph replays between events. Bandwidth is measured in the same run.
 """
@@ -30,6 +32,7 @@ import liger_deploy as ld
 from benchmarks import report
 from benchmarks.gpu import SHAPES, bandwidth, captured, median_ms
 from liger_deploy.bundle import Bundle
+from liger_deploy.errors import SessionError
 from liger_deploy.export import EMBEDDED
 from liger_deploy.generate import generate
 from liger_deploy.runtimes import inductor as runtime
@@ -77,8 +80,10 @@ def check(precisions: list[Any]) -> dict[str, Any]:
 
 
 def _export_all(shape: dict[str, Any] | None, folder: Path, precisions: list[Any]) -> dict[str, float]:
-    """Exports the embedded model, or a shape with random weights, in each precision at once; seconds that each took."""
-    with concurrent.futures.ProcessPoolExecutor(len(precisions), multiprocessing.get_context("spawn")) as pool:
+    """Exports the embedded model, or a shape with random weights, in each precision, side by side; seconds of each."""
+    large = shape is not None and shape["hidden_size"] > 2048  # two such exports fit one GPU
+    workers = 2 if large else len(precisions)
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         made = {name: pool.submit(_export, shape, folder / name, name) for name in precisions}
         return {name: future.result() for name, future in made.items()}
 
@@ -180,6 +185,63 @@ def quant(shape: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def throughput(shape: dict[str, Any], depth: int = 1 << 15) -> dict[str, Any]:
+    """Tokens a second of all the sequences that fit, ours and Hugging Face's."""
+    figures: dict[str, Any] = {"depth": depth}
+    with tempfile.TemporaryDirectory() as folder:
+        model = ld.linearize(build(shape), ld.LigerConfig())
+        begin = time.perf_counter()
+        options = ld.ExportOptions(dtype="bfloat16", device="cuda", chunk=512)
+        bundle = ld.export_bundle(model, "inductor", Path(folder) / "b", options)
+        figures["export_s"] = time.perf_counter() - begin
+        del model
+        free_memory()
+        session = ld.load_session(bundle)
+        assert isinstance(session, InductorSession)
+    session.step([1])
+    row_bytes = sum(tensor.nbytes for tensor in session._tensors)
+    session.reset()
+    rows = int(0.92 * free_memory() / row_bytes) // 64 * 64
+    while rows:
+        try:
+            for _ in range(3):  # the first as it is, the second captured, then replayed
+                session.step(list(range(rows)))
+            break
+        except (torch.OutOfMemoryError, SessionError) as error:
+            print(rows, error, flush=True)
+            session.reset()
+            free_memory()
+            rows -= 64
+    assert session._graph is not None
+    session._tensors[-1].fill_(depth)
+    ms = median_ms(session._graph._graph, 10)
+    figures["ours"] = {"sequences": rows, "bytes_of_one": row_bytes, "ms": ms, "tokens_s": rows / ms * 1e3}
+    print(figures, flush=True)
+    session.reset()
+    del session
+    cache_bytes = 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * depth
+    weights = sum(p.nbytes for p in build(shape).parameters())
+    rows = int((free_memory() - weights) / cache_bytes)
+    while rows:
+        try:
+            ms = peer(shape, depth, rows)
+            break
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            print(rows, str(error).splitlines()[0], flush=True)
+            rows -= 1
+    figures["peer"] = {"sequences": rows, "bytes_of_one": cache_bytes, "ms": ms, "tokens_s": rows / ms * 1e3}
+    print(figures, flush=True)
+    return figures
+
+
+def free_memory() -> int:
+    """Bytes of the GPU that are free once Python's and torch's leftovers are gone."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
+
+
 def at_depths(session: InductorSession) -> dict[int, float]:
     """Milliseconds of the captured step, by position in the sequence."""
     assert session._graph is not None
@@ -206,16 +268,15 @@ def relative(ours: Any, theirs: Any) -> float:
     return float(abs(ours - theirs).max() / abs(theirs).max())
 
 
-def peer(shape: dict[str, Any], depth: int) -> float:
+def peer(shape: dict[str, Any], depth: int, rows: int = 1) -> float:
     """Milliseconds of Hugging Face's compiled forward with a static cache filled to `depth`, under a CUDA graph."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     model = build(shape)
     cache = StaticCache(config=model.config, max_cache_len=depth)
-    token, position = torch.zeros(1, 1, dtype=torch.long, device="cuda"), torch.tensor([[depth - 1]], device="cuda")
+    token = torch.zeros(rows, 1, dtype=torch.long, device="cuda")
+    position = torch.full((rows, 1), depth - 1, device="cuda")
     with torch.no_grad():
-        model(torch.zeros(1, 8, dtype=torch.long, device="cuda"), past_key_values=cache, use_cache=True)
+        model(torch.zeros(rows, 8, dtype=torch.long, device="cuda"), past_key_values=cache, use_cache=True)
         compiled = torch.compile(model.forward)
 
         def call() -> Any:
@@ -224,14 +285,14 @@ def peer(shape: dict[str, Any], depth: int) -> float:
         for _ in range(3):
             call()
         ms = median_ms(captured(call))
-    print("peer", depth, ms, flush=True)
+    print("peer", depth, rows, ms, flush=True)
     return ms
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=("check", "step", "quant"))
+    parser.add_argument("question", choices=("check", "step", "quant", "throughput"))
     parser.add_argument("--shape", default="1b", choices=tuple(SHAPES))
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than the shape has")
     parser.add_argument("--peer-depths", default="1024,16384,65536")
@@ -246,8 +307,8 @@ def main() -> None:
         shape = SHAPES[arguments.shape] | REST[arguments.shape]
         if arguments.layers:
             shape |= {"num_hidden_layers": arguments.layers}
-        if arguments.question == "quant":
-            figures["quant"] = quant(shape)
+        if arguments.question in ("quant", "throughput"):
+            figures[arguments.question] = globals()[arguments.question](shape)
         else:
             figures["step"] = step(shape, [int(depth) for depth in arguments.peer_depths.split(",") if depth])
     name = f"gpu_{arguments.question}" + ("" if arguments.question == "check" else f"_{arguments.shape}")

@@ -302,7 +302,7 @@ linear = dict(
     x_ptr=half(64), scale_ptr=half(64), norm_ptr=half(64), residual_ptr=half(64), out_ptr=half(64), eps=1e-5,
     N=64, D=64, BN=2, BD=64, NORM=True, SWIGLU=False, RESIDUAL=True, OVERLAP=True,
 )
-packed = dict(linear, words_ptr=torch.zeros(64, 8, dtype=torch.int32), J=4)
+packed = dict(linear, words_ptr=torch.zeros(64, 8, dtype=torch.int32), BG=2, J=4)
 linear |= dict(weight_ptr=half(64, 64), SCALED=False)
 state, ring, heads = torch.empty(2, 16, 16), half(2, 16, 16), half(2, 16)
 attention = dict(
@@ -310,7 +310,7 @@ attention = dict(
     ring_k_ptr=ring, ring_v_ptr=ring.clone(), cos_ptr=state, sin_ptr=state, out_ptr=heads, q_row=32, k_row=32, v_row=32,
     gate_row=32, normalizer=16.0, lower_bound=0.0, recurrent_weight=0.5, window_weight=0.5, scale=0.25, G=2, R=1, K=16,
     V=16, W=16, ROTARY=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, BR=16, BK=16, BV=16, BW=16, BH=16,
-    BREST=16, BLOCKS=1, HALF_BLOCKS=1, MATRIX=True, OVERLAP=True,
+    BREST=16, BQ=1, BLOCKS=1, TOGETHER=True, STAGES=1, OVERLAP=True,
 )
 strides = {f"{name}_{part}": 32 for name in "qkv" for part in ("batch", "row")} | dict(gate_batch=32, gate_row=32)
 shape = dict(K=16, V=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, C=64, BK=16, BV=16, G=2, N=1)
@@ -327,7 +327,8 @@ def taken(kernel):
     return {name: whole[name] for name in kernel.arg_names}
 
 prefill = [(kernel, taken(kernel)) for kernel in (_prefill_write, _prefill_scan, _prefill_read, _prefill_keep)]
-steps = ((_linear_step, linear), (_linear_step_4bit, packed), (_attention_step, attention))
+many = dict(attention, V=32, BLOCKS=2, TOGETHER=False, STAGES=3)
+steps = ((_linear_step, linear), (_linear_step_4bit, packed), (_attention_step, attention), (_attention_step, many))
 for kernel, arguments in (*steps, *prefill):
     arguments = {name: arguments[name] for name in kernel.arg_names}
     found = wrap.identify_accessed_tensors(kernel, arguments, {})
@@ -341,7 +342,7 @@ def test_torch_sees_what_the_kernels_write() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", ANALYSIS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:7] == [
-        "out_ptr", "out_ptr", "out_ptr ring_k_ptr ring_v_ptr state_ptr",
+    assert done.stdout.split("\n")[:8] == [
+        "out_ptr", "out_ptr", *["out_ptr ring_k_ptr ring_v_ptr state_ptr"] * 2,
         "faded_ptr key_ptr prefix_ptr total_ptr writes_ptr", "before_ptr state_ptr", "out_ptr", "ring_k_ptr ring_v_ptr",
     ]  # fmt: skip

@@ -82,6 +82,15 @@ class InductorSession(BaseSession):
             self._clear()
             self._tensors = tuple(tensor.to(self._device) for tensor in new)
 
+    def _start(self, batch: int) -> None:
+        """Zeros are made where they are used: a GPU holds thousands of sequences."""
+        self._clear()
+        kinds = zip(self.spec.tensors, self.manifest.graph.state, strict=True)
+        self._tensors = tuple(
+            torch.zeros(batch, *spec.shape, dtype=getattr(torch, graph.dtype), device=self._device)
+            for spec, graph in kinds
+        )
+
     def _clear(self) -> None:
         self._tensors, self._graph = (), None
 

@@ -137,6 +137,10 @@ class BaseSession(ABC):
     def _write(self, tensors: dict[str, Array], batch: int) -> None:
         """Replace the state by a checked canonical one."""
 
+    def _start(self, batch: int) -> None:
+        """Make the state before any token."""
+        self._write(self.spec.zeros(batch), batch)
+
     @abstractmethod
     def _clear(self) -> None:
         """Let go of the state's buffers without touching those of a fork."""
@@ -144,7 +148,7 @@ class BaseSession(ABC):
     def _guarded(self, tokens_BT: Array, valid_B: Array) -> Logits:
         self._check_usable()
         if not self._batch:
-            self._write(self.spec.zeros(len(tokens_BT)), len(tokens_BT))
+            self._start(len(tokens_BT))
             self._batch = len(tokens_BT)
         try:
             return self._run(tokens_BT, valid_B)

@@ -67,10 +67,10 @@ def _log_decay(p, head, normalizer, lower_bound, GATE: tl.constexpr):
 
 
 @triton.jit
-def _phi(x_RC, in_C, SOFTMAX: tl.constexpr):
+def _phi(x_RC, in_RC, SOFTMAX: tl.constexpr):
     """Feature map of each row; channels beyond K become 0."""
     if SOFTMAX:
-        x_RC = tl.where(in_C[None, :], x_RC, float("-inf"))
+        x_RC = tl.where(in_RC, x_RC, float("-inf"))
         e_RC = tl.exp(x_RC - tl.max(x_RC, 1)[:, None])
         return e_RC / tl.sum(e_RC, 1)[:, None]
     else:
@@ -79,7 +79,7 @@ def _phi(x_RC, in_C, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, KIND: tl.constexpr):
-    """Product of two float32 tiles: their values rounded to the model's 16 bits, or in full float32."""
+    """Product of two tiles: their values rounded to the model's 16 bits, or in full float32."""
     if tl.float32 == KIND:
         return tl.dot(a, b, input_precision="ieee")
     else:
@@ -93,9 +93,24 @@ def _halves(row_X1, h_H, half, in_XH):
 
 
 @triton.jit
-def _turn(cos_ptr, sin_ptr, place_W, h_H, ROTARY: tl.constexpr, in_WH):
-    at_WH = place_W[:, None] * ROTARY + h_H[None, :]
-    return tl.load(cos_ptr + at_WH, in_WH, 0.0), tl.load(sin_ptr + at_WH, in_WH, 0.0)
+def _load(at, inside, WHOLE: tl.constexpr):
+    """A tile, or zeros outside; masks cost where there is no outside."""
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, inside, 0.0)
+
+
+@triton.jit
+def _turned(row_X1, cos_X1, sin_X1, h_H, ROTARY: tl.constexpr, BH: tl.constexpr):
+    """Rows of keys or queries after RoPE, a part of each half of their rotary channels: [X,H] twice, float32."""
+    half: tl.constexpr = ROTARY // 2
+    WHOLE: tl.constexpr = half % BH == 0
+    in_XH, h_XH = (h_H < half)[None, :], h_H[None, :]
+    a_XH, b_XH = _load(row_X1 + h_XH, in_XH, WHOLE), _load(row_X1 + half + h_XH, in_XH, WHOLE)
+    cos_XH, sin_XH = _load(cos_X1 + h_XH, in_XH, WHOLE), _load(sin_X1 + h_XH, in_XH, WHOLE)
+    a_XH, b_XH = a_XH.to(tl.float32), b_XH.to(tl.float32)
+    return a_XH * cos_XH - b_XH * sin_XH, b_XH * cos_XH + a_XH * sin_XH
 
 
 @triton.jit
@@ -105,17 +120,17 @@ def _attention_step(
     normalizer, lower_bound, recurrent_weight, window_weight, scale,
     G, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr,
     GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr, KEY_FROM_GATE: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, BREST: tl.constexpr,
-    BLOCKS: tl.constexpr, HALF_BLOCKS: tl.constexpr, MATRIX: tl.constexpr, OVERLAP: tl.constexpr,
+    BR: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr,
+    BREST: tl.constexpr, BLOCKS: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     row, group = head // G, head % G
     kind: tl.constexpr = q_ptr.dtype.element_ty
-    half: tl.constexpr = ROTARY // 2
-    r_R, c_C, j_W = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BW)
-    in_R, in_C, in_W = r_R < R, c_C < K, j_W < W
+    KEYS: tl.constexpr = K == BK
+    VALUES: tl.constexpr = V % BV == 0
+    r_R, r_Q, c_C, j_W = tl.arange(0, BR), tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, BW)
+    in_R, in_Q, in_C = r_R < R, r_Q < R, c_C < K
     h_H, rest_C = tl.arange(0, BH), ROTARY + tl.arange(0, BREST)
-    in_H, in_rest = h_H < half, rest_C < K
     c_V = tl.program_id(1) * BLOCKS * BV + tl.arange(0, BV)
     # Inductor hands numbers over as float64.
     normalizer, lower_bound = tl.cast(normalizer, tl.float32), tl.cast(lower_bound, tl.float32)
@@ -124,64 +139,59 @@ def _attention_step(
     if OVERLAP:
         head += start_followers()
 
-    # What the projections ahead do not change: loaded while they still run.
+    # What the projections ahead do not change: loaded, and turned, while they still run. Keys of slots that hold
+    # nothing yet, or are about to be written, are read too: their scores are not used.
     length = tl.load(length_ptr + row)
     slot = (length % W).to(tl.int32)
     distance_W = (slot - j_W + W) % W
-    is_new_W, seen_W = j_W == slot, in_W & (distance_W <= length)
-    old_W = seen_W & ~is_new_W
-    ring_k_W1 = ring_k_ptr + (head * W + j_W[:, None]) * K
+    is_new_W, seen_W = j_W == slot, (j_W < W) & (distance_W <= length)
+    ring_k_W1 = ring_k_ptr + (head * W + j_W % W)[:, None] * K
+    place_W1 = (W - distance_W)[:, None] * ROTARY
     if ROTARY > 0:
-        a_WH, b_WH = _halves(ring_k_W1, h_H, half, old_W[:, None] & in_H[None, :])
-        cos_WH, sin_WH = _turn(cos_ptr, sin_ptr, W - distance_W, h_H, ROTARY, in_W[:, None] & in_H[None, :])
+        key_a_WH, key_b_WH = _turned(ring_k_W1, cos_ptr + place_W1, sin_ptr + place_W1, h_H, ROTARY, BH)
     if ROTARY < K:
-        rest_WC = tl.load(ring_k_W1 + rest_C[None, :], old_W[:, None] & in_rest[None, :], 0.0)
-    ring_v_WV = ring_v_ptr + (head * W + j_W[:, None]) * V
-    values_WV = tl.load(ring_v_WV + c_V[None, :], old_W[:, None] & (c_V < V)[None, :], 0.0)
+        rest_WC = _load(ring_k_W1 + rest_C[None, :], (rest_C < K)[None, :], K - ROTARY == BREST)
+    ring_v_WV = ring_v_ptr + (head * W + j_W % W)[:, None] * V
     state_CV = state_ptr + head * K * V + c_C[:, None] * V
-    s_CV = tl.zeros([BK, BV], tl.float32)
-    if GATE != _NO_RECURRENCE and BLOCKS == 1:
-        s_CV = tl.load(state_CV + c_V[None, :], in_C[:, None] & (c_V < V)[None, :], 0.0).to(tl.float32)
+    if BLOCKS == 1:
+        old_WV = tl.load(ring_v_WV + c_V[None, :], seen_W[:, None] & (c_V < V)[None, :], 0.0)
+        if GATE != _NO_RECURRENCE:
+            s_CV = _load(state_CV + c_V[None, :], in_C[:, None] & (c_V < V)[None, :], KEYS and VALUES).to(tl.float32)
     if OVERLAP:
         done = predecessor_done()
         q_ptr, k_ptr, v_ptr, gate_ptr = q_ptr + done, k_ptr + done, v_ptr + done, gate_ptr + done
 
     # All that the projections wrote, asked for at once: each wait for memory is a microsecond.
-    query_R1 = q_ptr + row * q_row + (group * R + r_R[:, None]) * K
+    query_1 = q_ptr + row * q_row + group * R * K
+    query_R1, query_Q1 = query_1 + r_R[:, None] * K, query_1 + r_Q[:, None] * K
     new_k_ptr, new_v_ptr = k_ptr + row * k_row + group * K, v_ptr + row * v_row + group * V
     k_C = tl.load(new_k_ptr + c_C, in_C, 0.0)
+    q_QC = tl.load(query_Q1 + c_C[None, :], in_Q[:, None] & in_C[None, :], 0.0).to(tl.float32)
     if GATE != _NO_RECURRENCE:
         p_C = tl.load(gate_ptr + row * gate_row + group * K + c_C, in_C, 0.0).to(tl.float32)
-        q_RC = tl.load(query_R1 + c_C[None, :], in_R[:, None] & in_C[None, :], 0.0)
     if BLOCKS == 1:
-        first_V = tl.load(new_v_ptr + c_V, c_V < V, 0.0)
+        v_V = tl.load(new_v_ptr + c_V, c_V < V, 0.0)
 
-    # The window's weights: softmax over keys turned by distance.
-    scores_RW = tl.zeros([BR, BW], tl.float32)
+    # The window's weights: softmax over keys turned by distance. RoPE leaves the new key's score as it is.
+    scores_WR = tl.zeros([BW, BR], tl.float32)
+    query_R1 = query_1 + tl.minimum(r_R, R - 1)[:, None] * K
     if ROTARY > 0:
-        for block in tl.static_range(HALF_BLOCKS):
+        for block in tl.static_range((ROTARY // 2 + BH - 1) // BH):
             if block > 0:
                 h_H += BH
-                in_H = h_H < half
-                a_WH, b_WH = _halves(ring_k_W1, h_H, half, old_W[:, None] & in_H[None, :])
-                cos_WH, sin_WH = _turn(cos_ptr, sin_ptr, W - distance_W, h_H, ROTARY, in_W[:, None] & in_H[None, :])
-            new_a_H, new_b_H = tl.load(new_k_ptr + h_H, in_H, 0.0), tl.load(new_k_ptr + half + h_H, in_H, 0.0)
-            key_a_WH = tl.where(is_new_W[:, None], new_a_H[None, :], a_WH).to(tl.float32)
-            key_b_WH = tl.where(is_new_W[:, None], new_b_H[None, :], b_WH).to(tl.float32)
-            qa_RH, qb_RH = _halves(query_R1, h_H, half, in_R[:, None] & in_H[None, :])
-            qa_RH, qb_RH = qa_RH.to(tl.float32), qb_RH.to(tl.float32)
-            cos_H = tl.load(cos_ptr + W * ROTARY + h_H, in_H, 0.0)
-            sin_H = tl.load(sin_ptr + W * ROTARY + h_H, in_H, 0.0)
-            scores_RW += _dot(qa_RH * cos_H - qb_RH * sin_H, tl.trans(key_a_WH * cos_WH - key_b_WH * sin_WH), kind)
-            scores_RW += _dot(qb_RH * cos_H + qa_RH * sin_H, tl.trans(key_b_WH * cos_WH + key_a_WH * sin_WH), kind)
+                key_a_WH, key_b_WH = _turned(ring_k_W1, cos_ptr + place_W1, sin_ptr + place_W1, h_H, ROTARY, BH)
+            qa_RH, qb_RH = _turned(query_R1, cos_ptr + W * ROTARY, sin_ptr + W * ROTARY, h_H, ROTARY, BH)
+            scores_WR += _dot(key_a_WH, tl.trans(qa_RH), kind)
+            scores_WR += _dot(key_b_WH, tl.trans(qb_RH), kind)
     if ROTARY < K:
-        new_rest_C = tl.load(new_k_ptr + rest_C, in_rest, 0.0)
-        rest_WC = tl.where(is_new_W[:, None], new_rest_C[None, :], rest_WC).to(tl.float32)
-        q_rest_RC = tl.load(query_R1 + rest_C[None, :], in_R[:, None] & in_rest[None, :], 0.0).to(tl.float32)
-        scores_RW += _dot(q_rest_RC, tl.trans(rest_WC), kind)
-    scores_RW = tl.where(seen_W[None, :], scores_RW * scale, float("-inf"))
-    weights_RW = tl.exp(scores_RW - tl.max(scores_RW, 1)[:, None])
-    weights_RW = weights_RW * (window_weight / tl.sum(weights_RW, 1))[:, None]
+        q_rest_RC = _load(query_R1 + rest_C[None, :], (rest_C < K)[None, :], K - ROTARY == BREST)
+        scores_WR += _dot(rest_WC, tl.trans(q_rest_RC), kind)
+    new_Q = tl.sum(q_QC * k_C.to(tl.float32)[None, :], 1)
+    new_R = tl.sum(tl.where((r_R % BQ)[None, :] == r_Q[:, None], new_Q[:, None], 0.0), 0)
+    scores_WR = tl.where(is_new_W[:, None], new_R[None, :], scores_WR) * scale
+    scores_WR = tl.where(seen_W[:, None], scores_WR, float("-inf"))
+    weights_WR = tl.exp(scores_WR - tl.max(scores_WR, 0)[None, :])
+    weights_WR = weights_WR * tl.where(in_R, window_weight / tl.sum(weights_WR, 0), 0.0)[None, :]
 
     # The recurrence's gate, key and queries.
     if tl.program_id(1) == 0:
@@ -189,44 +199,44 @@ def _attention_step(
     if GATE != _NO_RECURRENCE:
         if SCALAR:
             p_C = tl.sum(p_C, 0) / K + p_C * 0.0
-        alpha_C = tl.exp(_log_decay(p_C, group.to(tl.float32), normalizer, lower_bound, GATE))
+        # Sums over one row: each channel's gate is then computed once, and not by every thread that needs it.
+        decay_1C = _log_decay(p_C[None, :], group.to(tl.float32), normalizer, lower_bound, GATE)
+        alpha_C = tl.sum(tl.exp(decay_1C), 0)
         if KEY_FROM_GATE:
             write_C = 1.0 - alpha_C
         else:
-            write_C = tl.sum(_phi(k_C.to(tl.float32)[None, :], in_C, SOFTMAX), 0)
+            write_C = tl.sum(_phi(k_C.to(tl.float32)[None, :], in_C[None, :], SOFTMAX), 0)
         write_C = tl.where(in_C, write_C, 0.0)
+        q_QC = _phi(q_QC, in_C[None, :], SOFTMAX) * recurrent_weight
+        queries = ()
+        if not TOGETHER:
+            for r in tl.static_range(R):
+                queries = queries + (tl.sum(tl.where(r_Q[:, None] == r, q_QC, 0.0), 0),)  # type: ignore[assignment]  # noqa: RUF005
 
-        q_RC = _phi(q_RC.to(tl.float32), in_C, SOFTMAX) * recurrent_weight
-
-    for _ in range(BLOCKS):
+    for _ in tl.range(BLOCKS, num_stages=STAGES):
         in_V = c_V < V
-        inside_CV = in_C[:, None] & in_V[None, :]
-        if BLOCKS == 1:
-            v_V, old_WV = first_V, values_WV
-        else:
-            v_V = tl.load(new_v_ptr + c_V, in_V, 0.0)
-            old_WV = tl.load(ring_v_WV + c_V[None, :], old_W[:, None] & in_V[None, :], 0.0)
+        if BLOCKS > 1:
+            v_V = _load(new_v_ptr + c_V, in_V, VALUES)
+            old_WV = tl.load(ring_v_WV + c_V[None, :], seen_W[:, None] & in_V[None, :], 0.0)
         tl.store(ring_v_ptr + (head * W + slot) * V + c_V, v_V, in_V)
-        near_RV = _dot(weights_RW, tl.where(is_new_W[:, None], v_V[None, :], old_WV).to(tl.float32), kind)
-        out_R1 = out_ptr + (head * R + r_R[:, None]) * V
-        if GATE == _NO_RECURRENCE:
-            tl.store(out_R1 + c_V[None, :], near_RV.to(kind), in_R[:, None] & in_V[None, :])
-        else:
-            if BLOCKS == 1:
-                before_CV = s_CV
+        near_VR = _dot(tl.trans(tl.where(is_new_W[:, None], v_V[None, :], old_WV)), weights_WR, kind)
+        out_QV = tl.trans(tl.sum(tl.reshape(near_VR, [BV, BR // BQ, BQ]), 1))  # columns beyond R are zero
+        if GATE != _NO_RECURRENCE:
+            in_CV = in_C[:, None] & in_V[None, :]
+            if BLOCKS > 1:
+                s_CV = _load(state_CV + c_V[None, :], in_CV, KEYS and VALUES).to(tl.float32)
+            s_CV = s_CV * alpha_C[:, None] + write_C[:, None] * v_V.to(tl.float32)[None, :]
+            if KEYS and VALUES:
+                tl.store(state_CV + c_V[None, :], s_CV.to(state_ptr.dtype.element_ty))
             else:
-                before_CV = tl.load(state_CV + c_V[None, :], inside_CV, 0.0).to(tl.float32)
-            after_CV = before_CV * alpha_C[:, None] + write_C[:, None] * v_V.to(tl.float32)[None, :]
-            tl.store(state_CV + c_V[None, :], after_CV.to(state_ptr.dtype.element_ty), inside_CV)
-            if MATRIX:  # in three parts on the matrix units: float32's accuracy, and the shortest way
-                out_RV = near_RV + tl.dot(q_RC, after_CV, input_precision="tf32x3")
-                tl.store(out_R1 + c_V[None, :], out_RV.to(kind), in_R[:, None] & in_V[None, :])
-            else:  # where those parts would fill the registers
+                tl.store(state_CV + c_V[None, :], s_CV.to(state_ptr.dtype.element_ty), in_CV)
+            if TOGETHER:
+                out_QV += tl.sum(q_QC[:, :, None] * s_CV[None, :, :], 1)
+            else:
                 for r in tl.static_range(R):
-                    q_C = tl.sum(tl.where(r_R[:, None] == r, q_RC, 0.0), 0)
-                    near_V = tl.sum(tl.where(r_R[:, None] == r, near_RV, 0.0), 0)
-                    far_V = tl.sum(q_C[:, None] * after_CV, 0)
-                    tl.store(out_ptr + (head * R + r) * V + c_V, (near_V + far_V).to(kind), in_V)
+                    far_V = tl.sum(queries[r][:, None] * s_CV, 0)
+                    out_QV += tl.where(r_Q[:, None] == r, far_V[None, :], 0.0)
+        tl.store(out_ptr + (head * R + r_Q[:, None]) * V + c_V[None, :], out_QV.to(kind), in_Q[:, None] & in_V[None, :])
         c_V += BV
 
 
@@ -268,9 +278,10 @@ def attention_step(
         normalizer, lower_bound, recurrent_weight, window_weight, scale,
         groups, R=queries, K=dim, V=width, W=slots, ROTARY=rotary,
         GATE=_GATES[structure], SCALAR=row.width == "scalar", SOFTMAX=softmax_map, KEY_FROM_GATE=row.key_from_gate,
-        BR=_block(queries), BK=_block(dim), BV=tile.values, BW=_block(slots), BH=tile.half,
-        BREST=_block(dim - rotary), BLOCKS=tile.blocks, HALF_BLOCKS=triton.cdiv(rotary // 2, tile.half),
-        MATRIX=tile.matrix, OVERLAP=overlaps(), num_warps=tile.warps,
+        BR=_block(queries), BQ=triton.next_power_of_2(queries), BK=_block(dim), BV=tile.values, BW=_block(slots),
+        BH=tile.half, BREST=_block(dim - rotary), BLOCKS=tile.blocks, TOGETHER=tile.together, STAGES=tile.stages,
+        OVERLAP=overlaps(),
+        num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     return out_BGRV
 
@@ -283,25 +294,28 @@ def _block(size: int) -> int:
 class Tiling(NamedTuple):
     """What one program takes: `blocks` times `values` of a head's values; rotary halves by `half` channels.
 
-    `matrix`: the state is read on the matrix units.
+    `together`: one sum reads the state for all queries, the shortest way and the most registers. `stages`: blocks under
+    way at once.
     """
 
     values: int
     blocks: int
     half: int
     warps: int
-    matrix: bool
+    together: bool
+    stages: int
 
 
 def tiling(heads: int, width: int, rotary: int) -> Tiling:
     """All of a head's values where heads alone fill a GPU, else a part. Measured: `benchmarks/gpu_cuts.py`."""
     values, half = _block(width), _block(rotary // 2)
-    if not isinstance(heads, int) or heads >= 128:  # a symbol in a graph for any number of rows
-        values = min(32, values)
-        return Tiling(values, int(triton.cdiv(width, values)), min(32, half), 2, False)
+    if not isinstance(heads, int) or heads >= 256:  # a symbol in a graph for any number of rows
+        return Tiling(min(32, values), triton.cdiv(width, min(32, values)), min(32, half), 2, False, 3)
+    if heads >= 128:
+        return Tiling(min(64, values), triton.cdiv(width, min(64, values)), half, 4, False, 1)
     while values > 16 and heads * triton.cdiv(width, values) < 128:
         values //= 2
-    return Tiling(values, 1, half, 4, True)
+    return Tiling(values, 1, half, 4, True, 1)
 
 
 def supports(config: LigerConfig, head_dim: int) -> bool:

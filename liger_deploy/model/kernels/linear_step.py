@@ -5,7 +5,7 @@
 
 At one token a layer is a stream of its weights, in the model's dtype or packed in 8 or 4 bits (`packed.py`). One
 program takes BN rows of W and all of their D columns; their loads are issued first, so that they are under way while
-the norm is computed.
+the norm is computed. In 4 bits it goes on to other rows, as its inputs cost as much as theirs.
 
 Shape legend: D input width, N output width, G groups of 32 columns, J words of a group, K numbers of a word.
 """
@@ -97,12 +97,14 @@ def _linear_step(
 
 
 @triton.jit
-def _words(words_ptr, scale_ptr, n_N, g_G, in_NG, G: tl.constexpr, J: tl.constexpr):
-    """Words [BN,BG,J] of the groups, and the groups' scales [BN,BG]."""
-    group_NG = n_N.to(tl.int64)[:, None] * G + g_G[None, :]
-    words_NGJ = group_NG[:, :, None] * J + tl.arange(0, J)[None, None, :]
-    scale_NG = tl.load(scale_ptr + group_NG, in_NG, 0.0).to(tl.float32)
+def _words(words_ptr, scale_ptr, n_N, g_G, N, G: tl.constexpr, J: tl.constexpr):
+    """Words [BN,BG,J] of rows, and their groups' scales [BN,BG]; zeros beyond row N."""
+    in_NG = (n_N < N)[:, None] & (g_G < G)[None, :]
+    row_N1 = n_N.to(tl.int64)[:, None] * G
+    words_NGJ = (row_N1 + g_G[None, :])[:, :, None] * J + tl.arange(0, J)[None, None, :]
     loaded_NGJ = tl.load(words_ptr + words_NGJ, in_NG[:, :, None], 0, eviction_policy="evict_first")
+    # One scale a thread: the thread that has the group's words.
+    scale_NG = tl.load(scale_ptr + row_N1 + tl.max_contiguous(g_G, 1)[None, :], in_NG, 0.0)
     return loaded_NGJ.to(tl.uint32, bitcast=True), scale_NG
 
 
@@ -113,57 +115,52 @@ def _number(words, k: tl.constexpr):
 
 
 @triton.jit
+def _product(words_NGJ, scale_NG, inputs, eight_G):
+    """Sums over the columns [BN], of inputs as `_linear_step_4bit` scales them."""
+    sum_NGJ = _number(words_NGJ, 0) * inputs[0][None, :, :]
+    for k in tl.static_range(1, 8):
+        if k == 4:
+            words_NGJ >>= 16
+        sum_NGJ += _number(words_NGJ, k % 4) * inputs[k][None, :, :]
+    return tl.sum((tl.sum(sum_NGJ, 2) * 2.0**69 - eight_G[None, :]) * scale_NG.to(tl.float32), 1)
+
+
+@triton.jit
 def _linear_step_4bit(
     x_ptr, words_ptr, scale_ptr, norm_ptr, residual_ptr, out_ptr, eps,
-    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, J: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, J: tl.constexpr,
     NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """A program keeps the inputs, and takes BN rows in turn with the other programs; the next ones are under way."""
     SIZE: tl.constexpr = 8 * J
-    BG: tl.constexpr = BD // SIZE
     G: tl.constexpr = (D + SIZE - 1) // SIZE
+    H: tl.constexpr = 2 * N if SWIGLU else N
     n_N, g_G = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG)
     if OVERLAP:
         n_N += start_followers()
-    in_N = n_N < N
-    words_NGJ, scale_NG = _words(words_ptr, scale_ptr, n_N, g_G, in_N[:, None] & (g_G < G)[None, :], G, J)
+    words_NGJ, scale_NG = _words(words_ptr, scale_ptr, n_N, g_G, N, G, J)
     if SWIGLU:
-        up_NGJ, up_scale_NG = _words(words_ptr, scale_ptr, n_N + N, g_G, in_N[:, None] & (g_G < G)[None, :], G, J)
+        up_NGJ, up_scale_NG = _words(words_ptr, scale_ptr, n_N + N, g_G, H, G, J)
     if OVERLAP:
         done = predecessor_done()
         x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
-    y_NG, up_NG, squares_GJ = (
-        tl.zeros([BN, BG], tl.float32),
-        tl.zeros([BN, BG], tl.float32),
-        tl.zeros([BG, J], tl.float32),
-    )
-    for start in range(0, G, BG):
-        if start > 0:
-            in_NG = in_N[:, None] & (start + g_G < G)[None, :]
-            words_NGJ, scale_NG = _words(words_ptr, scale_ptr, n_N, start + g_G, in_NG, G, J)
-            if SWIGLU:
-                up_NGJ, up_scale_NG = _words(words_ptr, scale_ptr, n_N + N, start + g_G, in_NG, G, J)
-        sum_NGJ, up_sum_NGJ = tl.zeros([BN, BG, J], tl.float32), tl.zeros([BN, BG, J], tl.float32)
-        x_sum_GJ = tl.zeros([BG, J], tl.float32)
-        for k in tl.static_range(8):
-            at_GJ = (start + g_G)[:, None] * SIZE + J * k + tl.arange(0, J)[None, :]
-            x_GJ, more_GJ = _input(x_ptr, norm_ptr, at_GJ, D, NORM)
-            x_sum_GJ, squares_GJ = x_sum_GJ + x_GJ, squares_GJ + more_GJ
-            x_GJ *= 2.0 ** (80 - 4 * (k % 4))
-            if k == 4:
-                words_NGJ >>= 16
-                if SWIGLU:
-                    up_NGJ >>= 16
-            sum_NGJ += _number(words_NGJ, k % 4) * x_GJ[None, :, :]
-            if SWIGLU:
-                up_sum_NGJ += _number(up_NGJ, k % 4) * x_GJ[None, :, :]
-        eight_1G = 8.0 * tl.sum(x_sum_GJ, 1)[None, :]
-        y_NG += (tl.sum(sum_NGJ, 2) * 2.0**69 - eight_1G) * scale_NG
+    inputs = ()
+    x_sum_GJ, squares_GJ = tl.zeros([BG, J], tl.float32), tl.zeros([BG, J], tl.float32)
+    for k in tl.static_range(8):
+        x_GJ, more_GJ = _input(x_ptr, norm_ptr, g_G[:, None] * SIZE + J * k + tl.arange(0, J)[None, :], D, NORM)
+        x_sum_GJ, squares_GJ = x_sum_GJ + x_GJ, squares_GJ + more_GJ
+        inputs = inputs + (x_GJ * 2.0 ** (80 - 4 * (k % 4)),)  # type: ignore[assignment]  # noqa: RUF005
+    eight_G, squares = 8.0 * tl.sum(x_sum_GJ, 1), tl.sum(tl.sum(squares_GJ, 1), 0)
+    for _ in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
+        ahead_N = n_N + BN * tl.num_programs(0)
+        next_NGJ, next_scale_NG = _words(words_ptr, scale_ptr, ahead_N, g_G, N, G, J)
+        y_N, up_N = _product(words_NGJ, scale_NG, inputs, eight_G), 0.0
         if SWIGLU:
-            up_NG += (tl.sum(up_sum_NGJ, 2) * 2.0**69 - eight_1G) * up_scale_NG
-    squares = tl.sum(tl.sum(squares_GJ, 1), 0)
-    _store(
-        tl.sum(y_NG, 1), tl.sum(up_NG, 1), squares, residual_ptr, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL
-    )  # fmt: skip
+            next_up_NGJ, next_up_scale_NG = _words(words_ptr, scale_ptr, ahead_N + N, g_G, H, G, J)
+            up_N = _product(up_NGJ, up_scale_NG, inputs, eight_G)
+            up_NGJ, up_scale_NG = next_up_NGJ, next_up_scale_NG
+        _store(y_N, up_N, squares, residual_ptr, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL)
+        n_N, words_NGJ, scale_NG = ahead_N, next_NGJ, next_scale_NG
 
 
 @triton_op("liger::linear_step", mutates_args=())
@@ -184,21 +181,40 @@ def linear_step(
     rows = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
     bits = {torch.int8: 8, torch.int32: 4}.get(weight.dtype, 16)
-    block_n, block_d, warps = tiling(rows, width, swiglu, bits)
     pointers = (weight, *(x if tensor is None else tensor for tensor in (scale, norm_D, residual)))
-    launcher(_linear_step_4bit if bits == 4 else _linear_step, x)[(triton.cdiv(rows, block_n),)](
-        x, *pointers, out, eps, N=rows, D=width, BN=block_n, BD=block_d,
-        **({"J": WORDS} if bits == 4 else {"SCALED": scale is not None}),
-        NORM=norm_D is not None, SWIGLU=swiglu, RESIDUAL=residual is not None, OVERLAP=overlaps(), num_warps=warps,
+    rest = {"NORM": norm_D is not None, "SWIGLU": swiglu, "RESIDUAL": residual is not None, "OVERLAP": overlaps()}
+    if bits == 4:
+        block_g = triton.next_power_of_2(triton.cdiv(width, GROUP))
+        block_n, warps, programs = tiling_4bit(block_g, swiglu)
+        grid = min(triton.cdiv(rows, block_n), programs * _multiprocessors(x))
+        launcher(_linear_step_4bit, x)[(grid,)](
+            x, *pointers, out, eps, N=rows, D=width, BN=block_n, BG=block_g, J=WORDS, **rest, num_warps=warps
+        )
+        return out
+    block_n, block_d, warps = tiling(rows, width, swiglu, bits)
+    launcher(_linear_step, x)[(triton.cdiv(rows, block_n),)](
+        x, *pointers, out, eps, N=rows, D=width, BN=block_n, BD=block_d, SCALED=scale is not None, **rest,
+        num_warps=warps,
     )  # fmt: skip
     return out
 
 
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def tiling(rows: int, width: int, swiglu: bool, bits: int = 16) -> tuple[int, int, int]:
     """(rows of W a program takes, columns of one load, warps). Measured: `benchmarks/gpu_cuts.py`."""
-    if bits == 4:
-        return 8, max(GROUP, min(triton.next_power_of_2(width), 4096)), 8
+    if bits == 8 and 2048 < width <= 4096:
+        return 4, 4096, 4
     block_d = min(triton.next_power_of_2(width), 2048)
     # Few rows where a program takes two large tiles, or its share would be too large for all of the GPU to have one.
     few = (swiglu and bits == 16) or width > 2048 or rows * width <= 1 << 22
     return (2 if few else 4), block_d, (8 if width > 4096 else 4)
+
+
+def tiling_4bit(block_g: int, swiglu: bool) -> tuple[int, int, int]:
+    """(rows of W a program takes at once, warps, programs of a multiprocessor). Measured: `benchmarks/gpu_cuts.py`."""
+    warps = max(1, min(block_g // 16, 16))
+    block_n = max(2, min(512 // block_g, 4 if swiglu else 8))
+    return block_n, warps, min(2, 16 // warps)
