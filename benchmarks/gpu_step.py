@@ -162,6 +162,7 @@ def quant(shape: dict[str, Any]) -> dict[str, Any]:
     sessions: dict[str, InductorSession] = {}
     logits: dict[str, Any] = {}
     prompt = torch.randint(0, shape["vocab_size"], (512,)).tolist()
+    free_memory()  # for the exports, in processes of their own
     with tempfile.TemporaryDirectory() as folder:
         for name, seconds in _export_all(shape, Path(folder), ["bfloat16", "int8", "int4"]).items():
             bundle = Bundle.open(Path(folder) / name, checksums=False)

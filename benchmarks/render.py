@@ -20,6 +20,7 @@ from benchmarks.render_gpu import (
     gpu_quant,
     gpu_sequence,
     gpu_step,
+    gpu_throughput,
 )
 from benchmarks.report import ROOT, result
 from liger_deploy.bench import report
@@ -319,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
         gpu_sequence,
         gpu_step,
         gpu_quant,
+        gpu_throughput,
         gpu_prefill,
         gpu_layer,
         gpu_check,

@@ -13,7 +13,7 @@ from torch import Tensor
 from liger_deploy.config import LigerConfig
 from liger_deploy.model.kernels.attention_prefill import attention_prefill, prefill_on_ring
 from liger_deploy.model.kernels.attention_sequence import SUB, attention_sequence
-from liger_deploy.model.kernels.attention_step import attention_step, step_on_ring, supports
+from liger_deploy.model.kernels.attention_step import attention_step, step_on_ring, supports, tiling
 from liger_deploy.model.kernels.linear_step import linear_step
 from liger_deploy.model.mixer import Heads, LayerState, Mixer, Segments
 from liger_deploy.model.packed import pack, unpack
@@ -30,6 +30,7 @@ SIZES = [
     (2, 2, 3, 16, 6, 16, (0, 11)),
     (1, 2, 1, 24, 7, 16, (3,)),
     (1, 1, 2, 16, 8, 0, (8,)),
+    (1, 2, 3, 72, 5, 48, (4,)),
     (3, 8, 4, 64, 64, 64, (0, 63, 200)) if DEVICE == "cuda" else (2, 2, 2, 64, 64, 64, (63, 200)),
 ]
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter lacks bfloat16
@@ -42,7 +43,10 @@ def _table(window: int, rotary: int) -> tuple[Tensor, Tensor]:
     return angle_SK.cos(), angle_SK.sin()
 
 
-@pytest.mark.parametrize(("strength", "dtype"), [(1.0, torch.float32), (60.0, torch.float32), (1.0, HALF)])
+@pytest.mark.parametrize(
+    ("strength", "dtype", "heads"),
+    [(1.0, torch.float32, 0), (60.0, torch.float32, 0), (1.0, HALF, 0), (1.0, torch.float32, 128), (1.0, HALF, 256)],
+)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_attention_step(
@@ -50,9 +54,12 @@ def test_attention_step(
     size: tuple[int, int, int, int, int, int, tuple[int, ...]],
     strength: float,
     dtype: torch.dtype,
+    heads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three tokens, gates weak and extreme; the unfilled part of the ring is poisoned."""
+    """Three tokens, gates weak and extreme, cut as for as many heads; the unfilled part of the ring is poisoned."""
+    if heads:
+        monkeypatch.setattr("liger_deploy.model.kernels.attention_step.tiling", lambda _, *sizes: tiling(heads, *sizes))
     batch, groups, queries, dim, window, rotary, seen = size
     tolerance = OP if dtype == torch.float32 else 1e-2
     torch.manual_seed(len(structure) + dim)
