@@ -140,8 +140,8 @@ def gpu_throughput() -> str:
     bound = most / (weights + most * cache) * read * 1e9
     head = f"| sequences at {f['depth']:,} tokens, bfloat16 | state of one | that fit | a step | tokens/s | ratio |"
     note = (
-        "Llama-3-8B's shape, random weights. Hugging Face's attention repeats keys and values for their query heads, so "
-        f"that half as many fit as caches would, and is slow. An engine that filled the memory with {most} caches and "
+        "Llama-3-8B's shape, random weights. Hugging Face's attention repeats keys and values for their query heads, "
+        f"so that half as many fit as caches would, and is slow. An engine that filled the memory with {most} caches and "
         f"read all of it once a step, as fast as a plain read, would give {bound:,.0f} tokens/s (computed): "
         f"{f['ours']['tokens_s'] / bound:.0f} times fewer than ours."
     )
