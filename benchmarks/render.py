@@ -177,6 +177,11 @@ def depth_ratios_1_thread() -> str:
     return _ratios("int4_1_thread")
 
 
+def depth_ratios_int4() -> str:
+    """The same on two threads, for the peers of 4 bits."""
+    return _ratios("int4")
+
+
 def _ratios(name: str) -> str:
     f, source = result(f"depth_{name}")
     at = {one["label"]: [d["step_ms"]["median"] for d in one["depths"]] for one in f["subjects"]}
@@ -298,6 +303,7 @@ DEPTHS = {  # runs of `benchmarks.depth`, and what ran
     "tiny": "The embedded model, float32.",
     "291m": "291 million parameters, random weights.",
     "int4_1_thread": "The same model in 4 bits.",
+    "int4": "The same model in 4 bits, its head in groups of 128.",
     "executorch": "291 million parameters, random weights.",
     "executorch_1_thread": "The same on one thread.",
     "tiny_cuda": "The embedded model, bfloat16.",
@@ -312,6 +318,7 @@ TABLES: dict[str, Callable[[], str]] = {
         quant,
         depth_ratios,
         depth_ratios_1_thread,
+        depth_ratios_int4,
         depth_bandwidth,
         executorch_profile,
         executorch_operator,

@@ -141,8 +141,8 @@ def gpu_throughput() -> str:
     head = f"| sequences at {f['depth']:,} tokens, bfloat16 | state of one | that fit | a step | tokens/s | ratio |"
     note = (
         "Llama-3-8B's shape, random weights. Hugging Face's attention repeats keys and values for their query heads, "
-        f"so that half as many fit as caches would, and is slow. An engine that filled the memory with {most} caches and "
-        f"read all of it once a step, as fast as a plain read, would give {bound:,.0f} tokens/s (computed): "
+        f"so that half as many fit as caches would, and is slow. An engine that filled the memory with {most} caches "
+        f"and read all of it once a step, as fast as a plain read, would give {bound:,.0f} tokens/s (computed): "
         f"{f['ours']['tokens_s'] / bound:.0f} times fewer than ours."
     )
     return "\n".join([head, "|---" * 6 + "|", *lines, "", f"{note} {source}"])

@@ -65,7 +65,8 @@ def test_attention_step(
     torch.manual_seed(len(structure) + dim)
     config = LigerConfig(structure=structure, window=window, lower_bound=0.25 if structure == "hgrn2" else 0)
     assert supports(config, dim)
-    mixer, rope, length = Mixer(config, dim**-0.5), _table(window, rotary), torch.tensor(seen)
+    cos_SK, sin_SK = (1.1 * x for x in _table(window, rotary))  # as YaRN's
+    mixer, rope, length = Mixer(config, dim**-0.5), (cos_SK, sin_SK), torch.tensor(seen)
     filled = (torch.arange(window) >= window - length[:, None])[:, None, :, None]
     straight = [torch.randn(batch, groups, window, dim, dtype=torch.float64) * filled for _ in range(2)]
     recurrent = (torch.randn(batch, groups, dim, dim, dtype=torch.float64),) if structure != "window" else ()

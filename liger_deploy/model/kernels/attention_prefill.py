@@ -31,7 +31,6 @@ from liger_deploy.model.kernels.attention_step import (
     _GATES,
     _block,
     _dot,
-    _halves,
     _log_decay,
     _phi,
 )
@@ -42,6 +41,12 @@ from liger_deploy.model.window import Rope
 CHUNK, SUB, KEYS = 64, 16, 32  # C, S, J
 # Largest sum of decays in a sub-chunk that two factors bear: that of float32's range, and that of its last digits.
 SAFE, SAFE_EXACT = tl.constexpr(60.0), tl.constexpr(8.0)
+
+
+@triton.jit
+def _halves(row_X1, h_H, half, in_XH):
+    """The two parts of rows of keys or queries that RoPE turns against each other."""
+    return tl.load(row_X1 + h_H[None, :], in_XH, 0.0), tl.load(row_X1 + half + h_H[None, :], in_XH, 0.0)
 
 
 @triton.jit

@@ -87,12 +87,6 @@ def _dot(a, b, KIND: tl.constexpr):
 
 
 @triton.jit
-def _halves(row_X1, h_H, half, in_XH):
-    """The two parts of rows of keys or queries that RoPE turns against each other."""
-    return tl.load(row_X1 + h_H[None, :], in_XH, 0.0), tl.load(row_X1 + half + h_H[None, :], in_XH, 0.0)
-
-
-@triton.jit
 def _load(at, inside, WHOLE: tl.constexpr):
     """A tile, or zeros outside; masks cost where there is no outside."""
     if WHOLE:
@@ -147,8 +141,12 @@ def _attention_step(
     is_new_W, seen_W = j_W == slot, (j_W < W) & (distance_W <= length)
     ring_k_W1 = ring_k_ptr + (head * W + j_W % W)[:, None] * K
     place_W1 = (W - distance_W)[:, None] * ROTARY
+    factor_C = tl.where(c_C < ROTARY, 0.0, 1.0)  # what RoPE makes of a product of channels turned alike: 1, or YaRN's
     if ROTARY > 0:
         key_a_WH, key_b_WH = _turned(ring_k_W1, cos_ptr + place_W1, sin_ptr + place_W1, h_H, ROTARY, BH)
+        cos_C = tl.load(cos_ptr + W * ROTARY + c_C, c_C < ROTARY, 0.0)
+        sin_C = tl.load(sin_ptr + W * ROTARY + c_C, c_C < ROTARY, 0.0)
+        factor_C += cos_C * cos_C + sin_C * sin_C
     if ROTARY < K:
         rest_WC = _load(ring_k_W1 + rest_C[None, :], (rest_C < K)[None, :], K - ROTARY == BREST)
     ring_v_WV = ring_v_ptr + (head * W + j_W % W)[:, None] * V
@@ -163,7 +161,7 @@ def _attention_step(
 
     # All that the projections wrote, asked for at once: each wait for memory is a microsecond.
     query_1 = q_ptr + row * q_row + group * R * K
-    query_R1, query_Q1 = query_1 + r_R[:, None] * K, query_1 + r_Q[:, None] * K
+    query_R1, query_Q1 = query_1 + tl.minimum(r_R, R - 1)[:, None] * K, query_1 + r_Q[:, None] * K
     new_k_ptr, new_v_ptr = k_ptr + row * k_row + group * K, v_ptr + row * v_row + group * V
     k_C = tl.load(new_k_ptr + c_C, in_C, 0.0)
     q_QC = tl.load(query_Q1 + c_C[None, :], in_Q[:, None] & in_C[None, :], 0.0).to(tl.float32)
@@ -172,9 +170,8 @@ def _attention_step(
     if BLOCKS == 1:
         v_V = tl.load(new_v_ptr + c_V, c_V < V, 0.0)
 
-    # The window's weights: softmax over keys turned by distance. RoPE leaves the new key's score as it is.
+    # The window's weights: softmax over keys turned by distance. The new key and the queries are turned alike.
     scores_WR = tl.zeros([BW, BR], tl.float32)
-    query_R1 = query_1 + tl.minimum(r_R, R - 1)[:, None] * K
     if ROTARY > 0:
         for block in tl.static_range((ROTARY // 2 + BH - 1) // BH):
             if block > 0:
@@ -186,7 +183,7 @@ def _attention_step(
     if ROTARY < K:
         q_rest_RC = _load(query_R1 + rest_C[None, :], (rest_C < K)[None, :], K - ROTARY == BREST)
         scores_WR += _dot(rest_WC, tl.trans(q_rest_RC), kind)
-    new_Q = tl.sum(q_QC * k_C.to(tl.float32)[None, :], 1)
+    new_Q = tl.sum(q_QC * (k_C.to(tl.float32) * factor_C)[None, :], 1)
     new_R = tl.sum(tl.where((r_R % BQ)[None, :] == r_Q[:, None], new_Q[:, None], 0.0), 0)
     scores_WR = tl.where(is_new_W[:, None], new_R[None, :], scores_WR) * scale
     scores_WR = tl.where(seen_W[:, None], scores_WR, float("-inf"))
