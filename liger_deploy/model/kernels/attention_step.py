@@ -137,9 +137,10 @@ def _attention_step(
     # nothing yet, or are about to be written, are read too: their scores are not used.
     length = tl.load(length_ptr + row)
     slot = (length % W).to(tl.int32)
-    distance_W = (slot - j_W + W) % W
+    at_W = j_W % W  # within the ring, and so the tables, where the tile is longer
+    distance_W = (slot - at_W + W) % W
     is_new_W, seen_W = j_W == slot, (j_W < W) & (distance_W <= length)
-    ring_k_W1 = ring_k_ptr + (head * W + j_W % W)[:, None] * K
+    ring_k_W1 = ring_k_ptr + (head * W + at_W)[:, None] * K
     place_W1 = (W - distance_W)[:, None] * ROTARY
     factor_C = tl.where(c_C < ROTARY, 0.0, 1.0)  # what RoPE makes of a product of channels turned alike: 1, or YaRN's
     if ROTARY > 0:
@@ -149,7 +150,7 @@ def _attention_step(
         factor_C += cos_C * cos_C + sin_C * sin_C
     if ROTARY < K:
         rest_WC = _load(ring_k_W1 + rest_C[None, :], (rest_C < K)[None, :], K - ROTARY == BREST)
-    ring_v_WV = ring_v_ptr + (head * W + j_W % W)[:, None] * V
+    ring_v_WV = ring_v_ptr + (head * W + at_W)[:, None] * V
     state_CV = state_ptr + head * K * V + c_C[:, None] * V
     if BLOCKS == 1:
         old_WV = tl.load(ring_v_WV + c_V[None, :], seen_W[:, None] & (c_V < V)[None, :], 0.0)
