@@ -74,16 +74,17 @@ def _products(
             module.linear_step(x, numbers, scales, scale if norm else None, 1e-5, swiglu, other)
 
     found, kept = [], (module.tiling, module.tiling_4bit)
-    for way in itertools.product((2, 4, 8, 16), (1, 2, 4) if bits == 4 else (1024, 2048, 4096), (1, 2, 4, 8, 16)):
-        rows_of_program, second, warps = way
-        if bits == 4:  # rows, programs of a multiprocessor, warps
-            share = rows_of_program * width * (1 + swiglu) // (32 * warps)
-            module.tiling_4bit = functools.partial(_always, (rows_of_program, warps, second))  # type: ignore[assignment]
-        else:  # rows, columns of a load, warps
-            share = rows_of_program * second * (1 + swiglu) // (32 * warps)
-            module.tiling = functools.partial(_always, way)  # type: ignore[assignment]
-        if not 32 <= share <= 512 or (bits != 4 and second >= 2 * width):  # weights that a thread holds
+    # Rows of a program; columns of a load, or programs of a multiprocessor; warps.
+    for rows_of_program, second, warps in itertools.product(
+        (2, 4, 8, 16), (1, 2, 4) if bits == 4 else (1024, 2048, 4096), (1, 2, 4, 8, 16)
+    ):
+        columns = width if bits == 4 else second
+        share = rows_of_program * columns * (1 + swiglu) // (32 * warps)  # weights that a thread holds
+        if not 32 <= share <= 512 or columns >= 2 * width:
             continue
+        way = (rows_of_program, second, warps)
+        module.tiling = functools.partial(_always, way)  # type: ignore[assignment]
+        module.tiling_4bit = functools.partial(_always, (rows_of_program, warps, second))  # type: ignore[assignment]
         if (graph := _unless_too_large(captured, run, overlap_kernels)) is not None:
             size = sum(part.nbytes for part in matrices[0] if part is not None)
             found.append((median_ms(graph, 10) / copies, size, way))

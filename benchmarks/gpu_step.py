@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import gc
 import multiprocessing
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ import liger_deploy as ld
 from benchmarks import report
 from benchmarks.gpu import SHAPES, bandwidth, captured, median_ms
 from liger_deploy.bundle import Bundle
-from liger_deploy.errors import SessionError
 from liger_deploy.export import EMBEDDED
 from liger_deploy.generate import generate
 from liger_deploy.runtimes import inductor as runtime
@@ -191,6 +192,7 @@ def throughput(shape: dict[str, Any], depth: int = 1 << 15) -> dict[str, Any]:
     figures: dict[str, Any] = {"depth": depth}
     with tempfile.TemporaryDirectory() as folder:
         model = ld.linearize(build(shape), ld.LigerConfig())
+        weights = sum(p.nbytes for p in model.parameters())
         begin = time.perf_counter()
         options = ld.ExportOptions(dtype="bfloat16", device="cuda", chunk=512)
         bundle = ld.export_bundle(model, "inductor", Path(folder) / "b", options)
@@ -202,37 +204,40 @@ def throughput(shape: dict[str, Any], depth: int = 1 << 15) -> dict[str, Any]:
     session.step([1])
     row_bytes = sum(tensor.nbytes for tensor in session._tensors)
     session.reset()
-    rows = int(0.92 * free_memory() / row_bytes) // 64 * 64
-    while rows:
-        try:
-            for _ in range(3):  # the first as it is, the second captured, then replayed
-                session.step(list(range(rows)))
-            break
-        except (torch.OutOfMemoryError, SessionError) as error:
-            print(rows, error, flush=True)
-            session.reset()
-            free_memory()
-            rows -= 64
-    assert session._graph is not None
-    session._tensors[-1].fill_(depth)
-    ms = median_ms(session._graph._graph, 10)
-    figures["ours"] = {"sequences": rows, "bytes_of_one": row_bytes, "ms": ms, "tokens_s": rows / ms * 1e3}
-    print(figures, flush=True)
+    most = int(0.92 * free_memory() / row_bytes) // 64 * 64
+    figures["ours"] = fullest(functools.partial(full_step, session, depth), most, 64, row_bytes)
     session.reset()
-    del session
     cache_bytes = 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * depth
-    weights = sum(p.nbytes for p in build(shape).parameters())
-    rows = int((free_memory() - weights) / cache_bytes)
-    while rows:
-        try:
-            ms = peer(shape, depth, rows)
-            break
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            print(rows, str(error).splitlines()[0], flush=True)
-            rows -= 1
-    figures["peer"] = {"sequences": rows, "bytes_of_one": cache_bytes, "ms": ms, "tokens_s": rows / ms * 1e3}
-    print(figures, flush=True)
+    del session
+    most = int((free_memory() - weights) / cache_bytes)
+    figures["peer"] = fullest(functools.partial(peer, shape, depth), most, 1, cache_bytes)
     return figures
+
+
+def full_step(session: InductorSession, depth: int, rows: int) -> float:
+    """Milliseconds of the captured step of this many sequences at `depth`."""
+    session.reset()
+    free_memory()
+    for _ in range(3):  # the first as it is, the second captured, then replayed
+        session.step(list(range(rows)))
+    session._tensors[-1].fill_(depth)
+    assert session._graph is not None
+    return median_ms(session._graph._graph, 10)
+
+
+def fullest(step_ms: Callable[[int], float], rows: int, fewer: int, row_bytes: int) -> dict[str, Any]:
+    """Figures of as many rows as fit, from `rows` down."""
+    while rows > 0:
+        try:
+            ms = step_ms(rows)
+        except RuntimeError as error:  # torch's, and a session's around it
+            print(rows, str(error).splitlines()[0], flush=True)
+            rows -= fewer
+            continue
+        figures = {"sequences": rows, "bytes_of_one": row_bytes, "ms": ms, "tokens_s": rows / ms * 1e3}
+        print(figures, flush=True)
+        return figures
+    raise MemoryError("not one sequence fits the GPU")
 
 
 def free_memory() -> int:

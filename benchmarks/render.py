@@ -167,22 +167,8 @@ def _depth(name: str, what: str) -> str:
     return "\n".join([head, "|---" * (len(f["contexts"]) + 5) + "|", *lines, "", f"{note} {source}"])
 
 
-def depth_ratios() -> str:
-    """Ours at 4 bits against each peer, by depth."""
-    return _ratios("291m")
-
-
-def depth_ratios_1_thread() -> str:
-    """The same on one thread, for the peers of 4 bits."""
-    return _ratios("int4_1_thread")
-
-
-def depth_ratios_int4() -> str:
-    """The same on two threads, for the peers of 4 bits."""
-    return _ratios("int4")
-
-
 def _ratios(name: str) -> str:
+    """Ours at 4 bits against each peer, by depth."""
     f, source = result(f"depth_{name}")
     at = {one["label"]: [d["step_ms"]["median"] for d in one["depths"]] for one in f["subjects"]}
     ours = at["liger, onnx int4"]
@@ -309,6 +295,7 @@ DEPTHS = {  # runs of `benchmarks.depth`, and what ran
     "tiny_cuda": "The embedded model, bfloat16.",
     "291m_cuda": "291 million parameters, random weights, bfloat16.",
 }
+RATIOS = {"depth_ratios": "291m", "depth_ratios_1_thread": "int4_1_thread", "depth_ratios_int4": "int4"}
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
@@ -316,9 +303,6 @@ TABLES: dict[str, Callable[[], str]] = {
         tiny,
         demo,
         quant,
-        depth_ratios,
-        depth_ratios_1_thread,
-        depth_ratios_int4,
         depth_bandwidth,
         executorch_profile,
         executorch_operator,
@@ -342,7 +326,9 @@ TABLES: dict[str, Callable[[], str]] = {
         recovery_setup,
         recovery_paired,
     )
-} | {f"depth_{name}": functools.partial(_depth, name, what) for name, what in DEPTHS.items()}
+}
+TABLES |= {f"depth_{name}": functools.partial(_depth, name, what) for name, what in DEPTHS.items()}
+TABLES |= {table: functools.partial(_ratios, name) for table, name in RATIOS.items()}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
