@@ -52,7 +52,7 @@ def test_rewrites_are_exact(name: str, chunk: int) -> None:
         return [module(*inputs), *inputs]
 
     expected = run(graph.module)
-    merge_linears(graph.module)
+    merge_linears(graph.module, {})
     if not chunk:
         step_linears(graph.module)
         targets = [str(node.target) for node in graph.module.graph.nodes]
@@ -120,8 +120,8 @@ def test_packed_graphs(name: str, bits: int) -> None:
         return logits
 
     exact = run()
-    merge_linears(graph.module)
-    pack_linears(graph.module, bits, model.config.vocab_size)
+    merge_linears(graph.module, {})
+    pack_linears(graph.module, bits, model.config.vocab_size, {})
     assert all(p.dim() == 1 for p in graph.module.parameters())  # norms and biases
     packed = run()
     assert 1e-4 < relative(packed, exact) < (0.05 if bits == 8 else 0.6)
@@ -136,7 +136,7 @@ def test_the_trained_model_packed_as_for_a_gpu() -> None:
     exact = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     for bits, limit in ((8, 0.003), (4, 0.1)):
         graph = inductor._trace(model, 1, 0, set())
-        pack_linears(graph.module, bits, model.config.vocab_size)
+        pack_linears(graph.module, bits, model.config.vocab_size, {})
         state, found = list(graph.arguments[1:]), []
         for token in ids:
             found.append(graph.module(torch.tensor([token]), *state)[0].log_softmax(-1))
@@ -179,7 +179,7 @@ def test_a_package_takes_more_threads_than_its_maker_had(tmp_path: Path) -> None
 def test_a_llama_step_is_five_products_a_layer() -> None:
     """q, k, v; o with the sum after it; gate, up with the norm before; down with its sum: four, and the head."""
     graph = inductor._trace(liger(small_llama()), 1, 0, set())
-    merge_linears(graph.module)
+    merge_linears(graph.module, {})
     step_linears(graph.module)
     steps = graph.module.graph.find_nodes(op="call_function", target=torch.ops.liger.linear_step.default)
     found = [(node.args[3] is not None, node.args[5], node.args[6] is not None) for node in steps]

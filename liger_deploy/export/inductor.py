@@ -78,10 +78,12 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
             graphs = {"decode": _trace(model, batch, 0, rings)}
         graphs["prefill"] = _trace(model, batch, chunk, rings)
         if gpu:
+            made: dict[str, Tensor] = {}
             for graph in graphs.values():
-                merge_linears(graph.module)
+                merge_linears(graph.module, made)
                 if options.quant != "none":
-                    pack_linears(graph.module, int(options.quant.removeprefix("int")), model.config.vocab_size)
+                    bits = int(options.quant.removeprefix("int"))
+                    pack_linears(graph.module, bits, model.config.vocab_size, made)
             if batch == 1:
                 step_linears(graphs["decode"].module)
         _package(graphs, directory / MODEL)

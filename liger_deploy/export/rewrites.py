@@ -1,9 +1,9 @@
 """Exact rewrites of a traced graph, for the inductor target on CUDA. They look at operators and know no model family.
 
-Merged: linear layers that read one input become one (q, k, v; gate, up), in both graphs under the same names, so that
-the weights are still shared. Packed: their matrices are in 8 or 4 bits, which is not exact. Stepped: in a graph of one
-token, each linear layer takes in what stands around it (the RMSNorm before, SwiGLU, the residual sum after) as
-`liger::linear_step`.
+Merged: linear layers that read one input become one (q, k, v; gate, up). Packed: their matrices are in 8 or 4 bits, which
+is not exact. Stepped: in a graph of one token, each linear layer takes in what stands around it (the RMSNorm before,
+SwiGLU, the residual sum after) as `liger::linear_step`. What is made for one graph is kept in `made`, by name, for the
+next, so that graphs share their weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Norm(NamedTuple):
     eps: float
 
 
-def merge_linears(module: GraphModule) -> None:
+def merge_linears(module: GraphModule, made: dict[str, Tensor]) -> None:
     """One product for all linear layers of one input; results are slices of its result."""
     drop_assertions(module)
     groups: dict[tuple[Node, bool], list[Node]] = {}
@@ -38,14 +38,14 @@ def merge_linears(module: GraphModule) -> None:
         groups.setdefault((node.args[0], len(node.args) > 2), []).append(node)  # type: ignore[arg-type]
     for (_, biased), nodes in groups.items():
         if len(nodes) > 1:
-            _merge(module, nodes, biased)
+            _merge(module, nodes, biased, made)
     _finish(module)
 
 
-def _merge(module: GraphModule, nodes: list[Node], biased: bool) -> None:
+def _merge(module: GraphModule, nodes: list[Node], biased: bool, made: dict[str, Tensor]) -> None:
     sizes = [parameter(module, node.args[1]).shape[0] for node in nodes]
     with module.graph.inserting_before(nodes[0]):
-        merged = [_joined(module, [node.args[i] for node in nodes]) for i in ((1, 2) if biased else (1,))]  # type: ignore[misc]
+        merged = [_joined(module, [node.args[i] for node in nodes], made) for i in ((1, 2) if biased else (1,))]  # type: ignore[misc]
         whole = module.graph.call_function(LINEAR, (nodes[0].args[0], *merged))
         for node, start, size in zip(nodes, _starts(sizes), sizes, strict=True):
             part = module.graph.call_function(aten.slice.Tensor, (whole, -1, start, start + size))
@@ -53,16 +53,17 @@ def _merge(module: GraphModule, nodes: list[Node], biased: bool) -> None:
             node.replace_all_uses_with(part)
 
 
-def _joined(module: GraphModule, nodes: list[Node]) -> Node:
+def _joined(module: GraphModule, nodes: list[Node], made: dict[str, Tensor]) -> Node:
     """A parameter that holds others one after the other, under a name made of theirs."""
     names = [str(node.target) for node in nodes]
     name = "_and_".join(n.replace(".", "_") for n in names)
-    joined = torch.cat([parameter(module, node).detach() for node in nodes])
-    module.register_parameter(name, nn.Parameter(joined, requires_grad=False))
+    if name not in made:
+        made[name] = torch.cat([parameter(module, node).detach() for node in nodes])
+    module.register_parameter(name, nn.Parameter(made[name], requires_grad=False))
     return module.graph.get_attr(name)
 
 
-def pack_linears(module: GraphModule, bits: int, vocab: int) -> None:
+def pack_linears(module: GraphModule, bits: int, vocab: int, made: dict[str, Tensor]) -> None:
     """Linear layers and embeddings over packed matrices; the head and the embedding, of `vocab` rows, in 8 bits."""
     found: dict[str, tuple[Node, Node]] = {}
     for node in list(module.graph.nodes):
@@ -71,8 +72,8 @@ def pack_linears(module: GraphModule, bits: int, vocab: int) -> None:
         matrix = node.args[node.target == LINEAR]
         value = parameter(module, matrix)
         if matrix.target not in found:
-            packed = pack(value, 8 if node.target == EMBEDDING or len(value) == vocab else bits)
-            found[matrix.target] = _packed(module, matrix, packed)  # type: ignore[assignment]
+            kind = 8 if node.target == EMBEDDING or len(value) == vocab else bits
+            found[matrix.target] = _packed(module, matrix, kind, made)
         packed_nodes = found[matrix.target]
         with module.graph.inserting_before(node):
             if node.target == LINEAR:
@@ -84,15 +85,16 @@ def pack_linears(module: GraphModule, bits: int, vocab: int) -> None:
     _finish(module)
 
 
-def _packed(module: GraphModule, matrix: Node, tensors: tuple[Tensor, ...]) -> tuple[Node, ...]:
-    """Buffers that hold a packed matrix, under names made of its own."""
-    nodes = []
-    for kind, tensor in zip(("packed", "scale"), tensors, strict=True):
-        name = f"{str(matrix.target).replace('.', '_')}_{kind}"
-        module.register_buffer(name, tensor)
-        with module.graph.inserting_after(matrix):
-            nodes.append(module.graph.get_attr(name))
-    return tuple(nodes)
+def _packed(module: GraphModule, matrix: Node, bits: int, made: dict[str, Tensor]) -> tuple[Node, Node]:
+    """Buffers that hold a matrix in so many bits, under names made of its own."""
+    names = [f"{str(matrix.target).replace('.', '_')}_{part}" for part in ("packed", "scale")]
+    if names[0] not in made:
+        made |= dict(zip(names, pack(parameter(module, matrix), bits), strict=True))
+    for name in names:
+        module.register_buffer(name, made[name])
+    with module.graph.inserting_after(matrix):
+        scale, numbers = (module.graph.get_attr(name) for name in reversed(names))
+    return numbers, scale
 
 
 def step_linears(module: GraphModule) -> None:
