@@ -339,8 +339,11 @@ many = dict(attention, V=32, BLOCKS=2, TOGETHER=False, STAGES=3)
 steps = ((_linear_step, linear), (_linear_step_4bit, packed), (_attention_step, attention), (_attention_step, many))
 for kernel, arguments in (*steps, *prefill):
     arguments = {name: arguments[name] for name in kernel.arg_names}
-    found = wrap.identify_accessed_tensors(kernel, arguments, {})
-    print(*sorted(write.name for write in found.read_writes.writes))
+    if hasattr(wrap, "identify_accessed_tensors"):
+        found = wrap.identify_accessed_tensors(kernel, arguments, {})
+        print(*sorted(write.name for write in found.read_writes.writes))
+    else:  # torch 2.11
+        print(*sorted(wrap.identify_mutated_tensors(kernel, arguments, {})))
 """
 
 
