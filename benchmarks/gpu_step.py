@@ -20,6 +20,7 @@ import concurrent.futures
 import functools
 import gc
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
@@ -82,14 +83,17 @@ def check(precisions: list[Any]) -> dict[str, Any]:
 
 def _export_all(shape: dict[str, Any] | None, folder: Path, precisions: list[Any]) -> dict[str, float]:
     """Exports the embedded model, or a shape with random weights, in each precision, side by side; seconds of each."""
-    large = shape is not None and shape["hidden_size"] > 2048  # two such exports fit one GPU
-    workers = 2 if large else len(precisions)
+    gpus = torch.cuda.device_count()
+    large = shape is not None and shape["hidden_size"] > 2048  # one such export takes half of a GPU
+    workers = 1 if large and gpus == 1 else len(precisions)
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        made = {name: pool.submit(_export, shape, folder / name, name) for name in precisions}
+        made = {name: pool.submit(_export, shape, folder / name, name, i % gpus) for i, name in enumerate(precisions)}
         return {name: future.result() for name, future in made.items()}
 
 
-def _export(shape: dict[str, Any] | None, out: Path, precision: Any) -> float:
+def _export(shape: dict[str, Any] | None, out: Path, precision: Any, gpu: int) -> float:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu]  # inside, it is the first: where a package will run
     model = ld.linearize(build(shape), ld.LigerConfig()) if shape else None
     kind = {"dtype": "bfloat16", "quant": precision} if "int" in precision else {"dtype": precision}
     begin = time.perf_counter()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from benchmarks.report import result
 
+SHAPES = {"1b": "Llama-3.2-1B", "8b": "Llama-3-8B"}
 FINETUNED = {
     "softmax": "softmax, scaled_dot_product_attention",
     "liger kernels": "Liger-GLA",
@@ -45,12 +47,11 @@ def gpu_finetune_two() -> str:
 def gpu_sequence() -> str:
     """One layer's mixing forward and backward, beside softmax attention's."""
     f, source = result("gpu_sequence")
-    names = {"1b": "Llama-3.2-1B", "8b": "Llama-3-8B"}
     lines = []
     for row in f["sequence"]:
         ratio = row["sdpa_ms"] / row["ms"]
         times = f"{row['ms']:.2f} ms | {row['sdpa_ms']:.2f} ms | {ratio:.2f}"
-        lines.append(f"| {names[row['shape']]} | {row['length']:,} | {times} |")
+        lines.append(f"| {SHAPES[row['shape']]} | {row['length']:,} | {times} |")
     head = "| one layer, forward and backward | tokens a row | Liger-GLA, window included | softmax attention | ratio |"
     whole, _ = result("gpu_finetune")
     step_s = next(r["step_s"] for r in whole["rows"] if (r["kind"], r["length"]) == ("softmax", 8192))
@@ -99,30 +100,34 @@ def gpu_step() -> str:
 
 
 def gpu_quant() -> str:
-    """Steps of the same shape with packed matrices."""
-    f, source = result("gpu_quant_1b")
+    """Steps with packed matrices, of two shapes."""
     checked, _ = result("gpu_check")
-    rows = f["quant"]
-    steps = {
-        name: [ms for key, turn in row.items() if key.startswith("step_ms") for ms in turn.values()]
-        for name, row in rows.items()
-    }
-    middle = {name: statistics.median(ms) for name, ms in steps.items()}
-    lines = []
-    for name, row in rows.items():
-        size, ms = row["files"]["model.safetensors"], steps[name]
-        nats = checked["check"][name]["mean divergence (KL, nats a token)"][0]
-        lines.append(
-            f"| {name} | {min(ms):.2f} to {max(ms):.2f} ms | {middle['bfloat16'] / middle[name]:.2f} "
-            f"| {size / middle[name] / 1e6 / f['bandwidth']['read_gb_s']:.0%} | {row['prefill_tokens_s']:,.0f} "
-            f"| {size / 1e9:.2f} GB | {nats:.1e} |"
-        )
+    lines, sources = [], []
+    # The second's embedding is a matrix of its own, of which a step reads a row.
+    for shape, embedding in (("1b", 0), ("8b", 128256 * 4096)):
+        f, source = result(f"gpu_quant_{shape}")
+        sources.append(source)
+        for name, row in f["quant"].items():
+            ms = _turns(row)
+            size, middle = row["files"]["model.safetensors"], statistics.median(ms)
+            rate = (size - embedding * (2 if name == "bfloat16" else 1)) / middle / 1e6
+            nats = checked["check"][name]["mean divergence (KL, nats a token)"][0]
+            lines.append(
+                f"| {SHAPES[shape]}, {name} | {min(ms):.2f} to {max(ms):.2f} ms "
+                f"| {statistics.median(_turns(f['quant']['bfloat16'])) / middle:.2f} "
+                f"| {rate / f['bandwidth']['read_gb_s']:.0%} | {row['prefill_tokens_s']:,.0f} "
+                f"| {size / 1e9:.2f} GB | {nats:.1e} |"
+            )
     head = (
-        "| one token, batch 1 | any position | over bfloat16 | file over a plain read | prefill, tokens/s | weights "
+        "| one token, batch 1 | any position | over bfloat16 | of a plain read | prefill, tokens/s | weights "
         "| KL, embedded model |"
     )
-    note = "Llama-3.2-1B's shape, random weights, positions 1,024 to 1,048,576; three packages timed in turn."
-    return "\n".join([head, "|---" * 7 + "|", *lines, "", f"{note} {source}"])
+    note = "Random weights, positions 1,024 to 1,048,576; three packages of a shape timed in turn."
+    return "\n".join([head, "|---" * 7 + "|", *lines, "", f"{note} {' '.join(sources)}"])
+
+
+def _turns(row: dict[str, Any]) -> list[float]:
+    return [ms for key, turn in row.items() if key.startswith("step_ms") for ms in turn.values()]
 
 
 def gpu_throughput() -> str:
