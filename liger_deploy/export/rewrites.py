@@ -1,9 +1,9 @@
 """Exact rewrites of a traced graph, for the inductor target on CUDA. They look at operators and know no model family.
 
-Merged: linear layers that read one input become one (q, k, v; gate, up). Packed: their matrices are in 8 or 4 bits, which
-is not exact. Stepped: in a graph of one token, each linear layer takes in what stands around it (the RMSNorm before,
-SwiGLU, the residual sum after) as `liger::linear_step`. What is made for one graph is kept in `made`, by name, for the
-next, so that graphs share their weights.
+Merged: linear layers that read one input become one (q, k, v; gate, up). Packed: their matrices are in 8 or 4 bits,
+which is not exact. Stepped: in a graph of one token, each linear layer takes in what stands around it (the RMSNorm
+before, SwiGLU, the residual sum after) as `liger::linear_step`. What is made for one graph is kept in `made`, by name,
+for the next, so that graphs share their weights.
 """
 
 from __future__ import annotations
