@@ -207,7 +207,7 @@ def _at(
     for _ in range(plan.rounds):
         noise.append(machine.reference_loop())
         for name, worker in workers.items():
-            time.sleep(0.3 if len(workers) > 1 else 0)  # another runtime's threads stop spinning
+            _let_others_end(plan)
             worker.ask("steps", 1)
             before = machine.energy()
             answer = worker.ask("steps", plan.block)
@@ -231,6 +231,14 @@ def _at(
             "seconds": record["seconds"],
         })  # fmt: skip
     return context + 2 + plan.rounds * (plan.block + 1)
+
+
+def _let_others_end(plan: Plan) -> None:
+    """Until the threads of the runtime before have stopped spinning; the memory does not rest meanwhile."""
+    if plan.device == "cpu":
+        machine.read_for(0.3, plan.threads)
+    else:
+        time.sleep(0.3)
 
 
 def benchmark(

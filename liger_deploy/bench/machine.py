@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
@@ -64,6 +65,18 @@ def read_bandwidth(threads: int, megabytes: int = 512) -> float:
             list(pool.map(lambda x: float(np.dot(x, x)), parts))
             best = max(best, sum(part.nbytes for part in parts) / (time.perf_counter() - start))
     return best
+
+
+def read_for(seconds: float, threads: int, megabytes: int = 128) -> None:
+    """Keep the memory as busy as a long answer would: after tenths of a second of rest its clock is lower for as long."""
+    parts, end = np.array_split(np.ones(megabytes << 18, np.float32), threads), time.perf_counter() + seconds
+
+    def read(part: npt.NDArray[np.float32]) -> None:
+        while time.perf_counter() < end:
+            np.dot(part, part)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, parts))
 
 
 def gpu_read_bandwidth() -> float:
