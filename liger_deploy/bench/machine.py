@@ -68,7 +68,7 @@ def read_bandwidth(threads: int, megabytes: int = 512) -> float:
 
 
 def read_for(seconds: float, threads: int, megabytes: int = 128) -> None:
-    """Keep the memory as busy as a long answer would: after tenths of a second of rest its clock is lower for as long."""
+    """Keep the memory as busy as a long answer would: after some rest it is slower, for tenths of a second."""
     parts, end = np.array_split(np.ones(megabytes << 18, np.float32), threads), time.perf_counter() + seconds
 
     def read(part: npt.NDArray[np.float32]) -> None:
