@@ -56,7 +56,7 @@ struct AttentionSizes {
 
 // Where everything lies. q [B,T,G*R*K], k, v and gate_key [B,T,G*K], row by row; length and valid [B]; recurrent
 // [B,G,K,K], window_k and window_v [B,G,W,K], oldest first; cos and sin [>= S, rotary]; out [B,T,G*R*K].
-// The new state may not overlap the old one.
+// The new state may lie where the old one lies, or apart.
 struct AttentionTensors {
   const float *q, *k, *v, *gate_key;
   const int64_t *length, *valid;
@@ -214,6 +214,32 @@ LIGER_INLINE void retentions(const AttentionOptions& o, const float* key, int64_
   }
 }
 
+// scores[r][w] = turned[r] . key w after its rotary embedding, for one token's queries and `count` keys, row by row. Queries
+// are four, or a multiple, of which R are there. Meanwhile `next`, as large as the keys, is asked for.
+LIGER_INLINE void step_scores(const float* turned, int64_t step, int64_t queries, const float* keys, const float* cos,
+                              const float* sin, int64_t dim, int64_t rotary, int64_t count, const float* next,
+                              float* scores, int64_t stride) {
+  const int64_t half = rotary / 2;
+  for (int64_t w = 0; w < count; ++w, keys += dim, cos += rotary, sin += rotary, next += dim) {
+    for (int64_t i = 0; i < dim; i += kLanes) __builtin_prefetch(next + i);
+    for (int64_t r = 0; r < queries; r += 4) {
+      const float* q = turned + r * step;
+      Vec acc[4] = {};
+      for (int64_t i = 0; i < half; i += kLanes) {
+        const Vec a = load<Vec>(keys + i), b = load<Vec>(keys + half + i);
+        const Vec first = a * load<Vec>(cos + i) - b * load<Vec>(sin + i);
+        const Vec second = b * load<Vec>(cos + half + i) + a * load<Vec>(sin + half + i);
+        for (int j = 0; j < 4; ++j)
+          acc[j] += first * load<Vec>(q + j * step + i) + second * load<Vec>(q + j * step + half + i);
+      }
+      for (int64_t i = rotary; i < dim; i += kLanes)
+        for (int j = 0; j < 4; ++j) acc[j] += load<Vec>(keys + i) * load<Vec>(q + j * step + i);
+      const Vec4 total = sums(acc);
+      for (int64_t j = 0; j < std::min<int64_t>(queries - r, 4); ++j) scores[(r + j) * stride + w] = total[j];
+    }
+  }
+}
+
 // One task: row b, KV head g, all its tokens.
 LIGER_INLINE void attention_head(const AttentionOptions& o, const AttentionSizes& z, const AttentionTensors& x,
                                  int64_t b, int64_t g) {
@@ -223,31 +249,37 @@ LIGER_INLINE void attention_head(const AttentionOptions& o, const AttentionSizes
   const float *old_k = x.window_k + head * W * dim, *old_v = x.window_v + head * W * dim;
   const auto token = [&](const float* base, int64_t t) { return base + (b * z.tokens + t) * kv_width + g * dim; };
 
-  float* keys = scratch(dim * stride + S * dim + R * (stride + 3 * P) + 2 * P);  // rotated, transposed: [K, S]
-  float* values = keys + dim * stride;                                          // [S, K]
-  float* scores = values + S * dim;                                             // [R, S]
-  float* turned = scores + R * stride;                                          // [R, K] rotated queries
-  float* features = turned + R * P;                                             // [R, K] phi(q)
+  // A step reads the window where the call leaves it; several tokens read a copy, with their own keys and values behind.
+  const bool step = z.tokens == 1 && valid == 1 && dim % kLanes == 0 && z.rotary % (2 * kLanes) == 0;
+  const int64_t copied = step ? 0 : dim * stride + S * dim, R4 = (R + 3) / 4 * 4;
+  float* keys = scratch(copied + R * (stride + 2 * P) + R4 * P + 2 * P);  // rotated, transposed: [K, S]
+  float* values = keys + dim * stride;                                    // [S, K]
+  float* scores = keys + copied;                                          // [R, S]
+  float* turned = scores + R * stride;                                    // [R4, K] rotated queries
+  float* features = turned + R4 * P;                                      // [R, K] phi(q)
   float* near = features + R * P;                                               // [R, K]
   float *alpha = near + R * P, *write = alpha + P;                              // [K]
 
   const int64_t first = std::max<int64_t>(W - std::min(seen, W), 0), last = W + valid;  // slots that hold a token
-  for (int64_t s = first; s < last; ++s) {
+  for (int64_t s = first; s < last && !step; ++s) {
     const float* key = s < W ? old_k + s * dim : token(x.k, s - W);
     rotate(key, x.cos + s * z.rotary, x.sin + s * z.rotary, dim, z.rotary, 1, keys + s, stride);
     std::memcpy(values + s * dim, s < W ? old_v + s * dim : token(x.v, s - W), sizeof(float) * dim);
   }
-  for (int64_t w = 0; w < W; ++w) {  // the window after the call: slots valid .. valid + W
-    const int64_t s = w + valid;
-    float *to_k = x.new_window_k + (head * W + w) * dim, *to_v = x.new_window_v + (head * W + w) * dim;
-    std::memcpy(to_k, s < W ? old_k + s * dim : token(x.k, s - W), sizeof(float) * dim);
-    std::memcpy(to_v, s < W ? old_v + s * dim : token(x.v, s - W), sizeof(float) * dim);
+  const int64_t kept = W - std::min(valid, W);  // the window after the call: slots valid .. valid + W
+  float *new_k = x.new_window_k + head * W * dim, *new_v = x.new_window_v + head * W * dim;
+  std::memmove(new_k, old_k + (W - kept) * dim, sizeof(float) * kept * dim);
+  std::memmove(new_v, old_v + (W - kept) * dim, sizeof(float) * kept * dim);
+  for (int64_t w = kept; w < W; ++w) {
+    std::memcpy(new_k + w * dim, token(x.k, w + valid - W), sizeof(float) * dim);
+    std::memcpy(new_v + w * dim, token(x.v, w + valid - W), sizeof(float) * dim);
   }
   float* state = nullptr;
   if (o.structure) {
     state = x.new_recurrent + head * dim * dim;
-    std::memcpy(state, x.recurrent + head * dim * dim, sizeof(float) * dim * dim);
+    if (!step) std::memcpy(state, x.recurrent + head * dim * dim, sizeof(float) * dim * dim);
   }
+  if (step) std::memset(turned + R * P, 0, sizeof(float) * (R4 - R) * P);
 
   for (int64_t t = 0; t < z.tokens; ++t) {
     float* out = x.out + ((b * z.tokens + t) * z.kv_heads + g) * R * dim;
@@ -259,16 +291,24 @@ LIGER_INLINE void attention_head(const AttentionOptions& o, const AttentionSizes
     const int64_t s = W + t, from = std::max(t + 1, first), count = s + 1 - from;
     for (int64_t r = 0; r < R; ++r)
       rotate(q + r * dim, x.cos + s * z.rotary, x.sin + s * z.rotary, dim, z.rotary, o.scale, turned + r * P, 1);
-    read(turned, P, R, keys + from, stride, dim, count, scores, stride);
+    const float* seen_values = step ? new_v + (from - 1) * dim : values + from * dim;
+    if (step) {
+      const float* next = state ? x.recurrent + head * dim * dim : seen_values;
+      step_scores(turned, P, R, new_k + (from - 1) * dim, x.cos + from * z.rotary, x.sin + from * z.rotary, dim, z.rotary,
+                  count, next, scores, stride);
+      if (state) std::memmove(state, x.recurrent + head * dim * dim, sizeof(float) * dim * dim);
+    } else {
+      read(turned, P, R, keys + from, stride, dim, count, scores, stride);
+    }
     for (int64_t r = 0; r < R; ++r) {
       const float factor = o.window_weight / exponentials(scores + r * stride, count);
       for (int64_t i = 0; i < count; ++i) scores[r * stride + i] *= factor;
     }
     if (!state) {
-      read(scores, stride, R, values + from * dim, dim, count, dim, out, dim);
+      read(scores, stride, R, seen_values, dim, count, dim, out, dim);
       continue;
     }
-    read(scores, stride, R, values + from * dim, dim, count, dim, near, P);
+    read(scores, stride, R, seen_values, dim, count, dim, near, P);
     retentions(o, token(x.gate_key, t), dim, g, alpha);
     if (o.structure->key_from_gate)
       for (int64_t i = 0; i < dim; ++i) write[i] = 1 - alpha[i];

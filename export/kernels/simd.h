@@ -16,6 +16,8 @@
 namespace liger {
 
 using Vec = float __attribute__((vector_size(64)));
+using Vec8 = float __attribute__((vector_size(32)));
+using Vec4 = float __attribute__((vector_size(16)));
 using VecInt = int32_t __attribute__((vector_size(64)));
 constexpr int kLanes = 16;
 
@@ -69,16 +71,36 @@ LIGER_INLINE Vec log_sigmoid(Vec x) {
   return negative - log1p(exp(negative - max(x, 0.0f)));
 }
 
+// The first and the last eight lanes; the first and the last four of eight.
+LIGER_INLINE Vec8 low(Vec x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+LIGER_INLINE Vec8 high(Vec x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+LIGER_INLINE Vec4 low(Vec8 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+LIGER_INLINE Vec4 high(Vec8 x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+
+// Four sums of a fourth of the lanes each.
+LIGER_INLINE Vec4 fourths(Vec x) {
+  const Vec8 half = low(x) + high(x);
+  return low(half) + high(half);
+}
+
 LIGER_INLINE float sum(Vec x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+  const Vec4 part = fourths(x);
+  return (part[0] + part[2]) + (part[1] + part[3]);
+}
+
+// The sums of four vectors.
+LIGER_INLINE Vec4 sums(const Vec (&x)[4]) {
+  const Vec4 a = fourths(x[0]), b = fourths(x[1]), c = fourths(x[2]), d = fourths(x[3]);
+  const Vec4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Vec4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
 LIGER_INLINE float largest(Vec x) {
-  float found = x[0];
-  for (int i = 1; i < kLanes; ++i) found = x[i] > found ? x[i] : found;
-  return found;
+  const Vec8 first = low(x), last = high(x), half = first > last ? first : last;
+  const Vec4 one = low(half), other = high(half), part = one > other ? one : other;
+  const float a = part[0] > part[2] ? part[0] : part[2], b = part[1] > part[3] ? part[1] : part[3];
+  return a > b ? a : b;
 }
 
 }  // namespace liger
