@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import numpy_helper
 from transformers import PreTrainedModel
 
 import liger_deploy as ld
+from liger_deploy.export.calibrate import gptq
+from liger_deploy.export.quantize import keep_grids
 from liger_deploy.verify import QUANT_LIMITS, compare_quantized, verify
 from tests.conftest import liger, relisted, small_llama
 from tests.test_families import family
@@ -83,6 +89,84 @@ def test_other_structures(config: dict[str, object], tmp_path: Path) -> None:
     ld.export_bundle(model, "onnx", tmp_path / "b", ld.ExportOptions(quant="int8"))
     rows = compare_quantized(ld.load_session(tmp_path / "b"), ld.EagerSession(model), list(range(90)), "int8")
     assert rows[0].value < 0.01
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_gptq(group_size: int) -> None:
+    """On grids of 16 values, and nearer to W x than rounding each group by itself; columns never seen are rounded."""
+    torch.manual_seed(0)
+    weight_ND, x_TD = torch.randn(50, 200), torch.randn(900, 200) @ torch.randn(200, 200)
+    x_TD[:, 7] = 0
+    rounded_ND = gptq(weight_ND, torch.eye(200), group_size)  # inputs that have nothing to do with each other
+    chosen_ND = gptq(weight_ND, x_TD.T @ x_TD, group_size)
+    errors = [float((x_TD @ (some_ND - weight_ND).T).square().mean()) for some_ND in (rounded_ND, chosen_ND)]
+    assert errors[1] < 0.6 * errors[0]
+    for some_ND in (rounded_ND, chosen_ND):
+        groups = [group for row in some_ND.split(group_size, 1) for group in row]
+        assert max(len(group.unique()) for group in groups) <= 16
+        assert float((some_ND - weight_ND).abs().max()) < 1.5
+    with pytest.raises(ld.UserError, match="not finite"):
+        gptq(weight_ND, torch.full((200, 200), torch.nan), group_size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 130), st.sampled_from([32, 64, 128]))
+def test_grids_are_kept(seed: int, rows: int, columns: int, group: int) -> None:
+    """A matrix on grids comes back from its 4 bits as it was; of another, nothing changes."""
+    rng = np.random.default_rng(seed)
+    groups = -(-columns // group)
+    numbers_NGC, zero_NG = rng.integers(0, 16, (rows, groups, group)), rng.integers(0, 16, (rows, groups))
+    step_NG = rng.uniform(0.01, 1, (rows, groups)).astype(np.float16).astype(np.float32)
+    exact_NK = ((numbers_NGC - zero_NG[..., None]) * step_NG[..., None]).reshape(rows, -1)[:, :columns]
+
+    def empty() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+        packed, scales = np.zeros((rows, groups, group // 2), np.uint8), np.full((rows, groups), 7, np.float32)
+        return packed, scales, np.full((rows, (groups + 1) // 2), 0x99, np.uint8)
+
+    packed, scales, zeros = empty()
+    keep_grids(exact_NK.T.astype(np.float32), packed, scales, zeros)
+    numbers = np.stack([packed & 15, packed >> 4], 3).reshape(rows, groups, group).astype(np.float32)
+    points = np.stack([zeros & 15, zeros >> 4], 2).reshape(rows, -1)[:, :groups, None]
+    found_NK = ((numbers - points) * scales[..., None]).reshape(rows, -1)[:, :columns]
+    np.testing.assert_allclose(found_NK, exact_NK, rtol=2e-6, atol=1e-6)
+
+    if columns >= 24:
+        kept = empty()
+        keep_grids(rng.normal(size=(columns // group * group or columns, rows)).astype(np.float32), *kept)
+        untouched = columns // group or 1  # groups that were filled
+        assert (kept[1][:, :untouched] == 7).all()
+        assert (kept[0][:, :untouched] == 0).all()
+
+
+def test_calibrated(tmp_path: Path) -> None:
+    """4 bits chosen over text are nearer to the model than rounded ones on text that was not shown; states still move."""
+    text = tmp_path / "text.txt"
+    text.write_text(Path(ast.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    rows = {}
+    for name, source in (("rounded", ""), ("chosen", str(text))):
+        options = ld.ExportOptions(quant="int4", group_size=64, calibrate=source)
+        rows[name] = verify(ld.export_bundle(None, "onnx", tmp_path / name, options).path)
+    assert [row.check for row in rows["chosen"] if not row.passed] == []
+    assert rows["chosen"][0].value < 0.85 * rows["rounded"][0].value
+    sizes = [sum(p.stat().st_size for p in (tmp_path / name).glob("model.onnx*")) for name in rows]
+    assert abs(sizes[0] - sizes[1]) < 500
+
+
+def test_what_cannot_be_calibrated(tmp_path: Path, tiny: PreTrainedModel) -> None:
+    for model, target, options, message in (
+        (None, "onnx", ld.ExportOptions(calibrate="text.txt"), "goes with --quant int4"),
+        (
+            None,
+            "executorch",
+            ld.ExportOptions(quant="int4", calibrate="text.txt"),
+            "chooses the 4 bits of target 'onnx'",
+        ),
+        (None, "onnx", ld.ExportOptions(quant="int4", calibrate=str(tmp_path / "no")), "is missing"),
+        (tiny, "onnx", ld.ExportOptions(quant="int4", calibrate="text.txt"), "needs a tokenizer"),
+    ):
+        with pytest.raises(ld.UserError, match=message):
+            ld.export_bundle(model, target, tmp_path / "b", options)
+        assert not (tmp_path / "b").exists()
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:

@@ -53,8 +53,10 @@ def export_bundle(
     source = EMBEDDED if model is None else model
     directory = Path(source) if isinstance(source, str | os.PathLike) else None
     loaded = _load(directory, options) if directory else _in_dtype(source, options)  # type: ignore[arg-type]
+    manifest = _describe(loaded, target)  # type: ignore[arg-type]
+    if options.calibrate:
+        _calibrate(loaded, directory, options)  # type: ignore[arg-type]
     with staged_directory(out) as stage:
-        manifest = _describe(loaded, target)  # type: ignore[arg-type]
         graph = lower(loaded, stage, options)  # type: ignore[arg-type]
         if directory:
             manifest = _add_text(manifest, directory, stage)
@@ -70,6 +72,14 @@ def _load(directory: Path, options: ExportOptions) -> PreTrainedModel:
     from liger_deploy.model.linearize import load_model
 
     return load_model(directory, getattr(torch, options.dtype))
+
+
+def _calibrate(model: PreTrainedModel, directory: Path | None, options: ExportOptions) -> None:
+    from liger_deploy.export.calibrate import calibrate
+
+    if directory is None:
+        raise UserError("calibrate needs a tokenizer: export from a checkpoint's directory")
+    calibrate(model, directory, options.calibrate, options.group_size)
 
 
 def _in_dtype(model: PreTrainedModel, options: ExportOptions) -> PreTrainedModel:

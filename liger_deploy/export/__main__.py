@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--external-weights", action="store_true", help="of executorch: weights in a .ptd file beside it"
     )
+    parser.add_argument(
+        "--calibrate", default="", metavar="DATA", help="of onnx: text over which int4 is chosen (GPTQ)"
+    )
     parser.add_argument("--chunk", type=int, default=0, help="most tokens a prefill call takes")
 
 
@@ -50,6 +53,7 @@ def export(arguments: argparse.Namespace) -> int:
         arguments.group_size,
         arguments.external_weights,
         arguments.backend,
+        arguments.calibrate,
     )
     bundle = export_bundle(arguments.model or EMBEDDED, arguments.target, out, options)
     size = sum(info.size for info in bundle.manifest.files.values())

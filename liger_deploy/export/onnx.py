@@ -57,7 +57,7 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
         bodies = [onnx_ops.function(kind, chunk) for kind in kinds]
     rewrite(exported.model.graph)
     if options.quant != "none":
-        quantize(exported.model.graph, options.quant, options.group_size)
+        quantize(exported.model.graph, options.quant, options.group_size, bool(options.calibrate))
     elif options.dtype != "float32":
         narrow(exported.model.graph, options.dtype)
     onnx_ops.add_functions(exported.model, bodies + onnx_ops.product_functions(exported.model.graph))

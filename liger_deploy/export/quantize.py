@@ -18,6 +18,7 @@ import logging
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from liger_deploy.errors import UserError
 from liger_deploy.export.onnx_ops import ACCURACY, CONTRIB, DOMAIN, PRODUCT, SWIGLU
@@ -29,8 +30,11 @@ READERS = ("MatMul", "Gemm", "Gather", "GatherND", "Transpose", "Reshape", "Eins
 SMALLEST = float(np.finfo(np.float16).smallest_normal)
 
 
-def quantize(graph: ir.Graph, quant: str, group_size: int) -> None:
-    """Quantize a graph in place. `quant`: "int4", in groups of `group_size`, or "int8"."""
+def quantize(graph: ir.Graph, quant: str, group_size: int, calibrated: bool = False) -> None:
+    """Quantize a graph in place. `quant`: "int4", in groups of `group_size`, or "int8".
+
+    `calibrated`: the matrices' groups lie on grids of 16 values already (`calibrate.py`).
+    """
     (logits,) = (value for value in graph.outputs if value.name == "logits")
     vocab = logits.shape[-1] if logits.shape else None
     for node in list(graph):
@@ -39,7 +43,7 @@ def quantize(graph: ir.Graph, quant: str, group_size: int) -> None:
         elif node.op_type == "MatMul":
             head = node.outputs[0].shape is not None and node.outputs[0].shape[-1] == vocab
             bits, size = (8, GROUP) if head or quant == "int8" else (4, group_size)
-            _product(graph, node, bits, size)
+            _product(graph, node, bits, size, calibrated)
     for node in [n for n in graph if n.domain == DOMAIN and n.op_type == PRODUCT]:
         _take_in_swiglu(graph, node)
     remove_unused(graph)
@@ -84,7 +88,7 @@ def check_quantized(graph: ir.Graph) -> None:
             raise UserError(f"--quant does not reach weight {value.name} {shape}: export with --quant none")
 
 
-def _product(graph: ir.Graph, node: ir.Node, bits: int, group_size: int) -> None:
+def _product(graph: ir.Graph, node: ir.Node, bits: int, group_size: int, calibrated: bool) -> None:
     """MatMul(x, W) -> MatMulNBits; 4 bits with a zero point a group, which measured better than without."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
@@ -99,6 +103,8 @@ def _product(graph: ir.Graph, node: ir.Node, bits: int, group_size: int) -> None
         packed, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(array))
     finally:
         logging.disable(level)
+    if bits == 4 and calibrated:
+        keep_grids(array, packed, scales, zeros)
     attributes = {"K": array.shape[0], "N": array.shape[1], "block_size": group_size}
     if bits == 4 and _fits_float16(scales):
         scales, domain, name = scales.astype(np.float16), DOMAIN, PRODUCT
@@ -111,6 +117,37 @@ def _product(graph: ir.Graph, node: ir.Node, bits: int, group_size: int) -> None
     graph.remove(node, safe=True)
     if not matrix.uses():
         del graph.initializers[str(matrix.name)]
+
+
+def keep_grids(
+    array_KN: NDArray[np.float32],
+    packed: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    zeros: NDArray[np.uint8],
+) -> None:
+    """Groups whose values lie on a grid of 16 get that one: their extremes, which ONNX Runtime goes by, need not be its.
+
+    packed [N, G, group / 2], scales [N, G] and zeros [N, (G + 1) / 2] are ONNX Runtime's, and change in place.
+    """
+    rows, groups, half = packed.shape
+    w_NGC = np.zeros((rows, groups * half * 2), np.float32)
+    w_NGC[:, : len(array_KN)] = array_KN.T
+    w_NGC = w_NGC.reshape(rows, groups, half * 2)
+    top_NG, found_NG = np.abs(w_NGC).max(2), np.zeros((rows, groups), bool)
+    numbers_NGC, zero_NG = np.zeros(w_NGC.shape, np.uint8), np.zeros((rows, groups), np.uint8)
+    for steps in range(1, 16):  # from 0 to the largest value
+        step_NG = np.where(top_NG > 0, top_NG / steps, 1)
+        whole_NGC = np.rint(w_NGC / step_NG[..., None])
+        least_NG = np.minimum(whole_NGC.min(2), 0)
+        on_it = np.abs(whole_NGC * step_NG[..., None] - w_NGC).max(2) < 1e-3 * step_NG
+        new_NG = on_it & (np.maximum(whole_NGC.max(2), 0) - least_NG <= 15) & ~found_NG
+        numbers_NGC[new_NG] = (whole_NGC - least_NG[..., None])[new_NG]
+        zero_NG[new_NG], scales[new_NG] = -least_NG[new_NG], step_NG[new_NG]
+        found_NG |= new_NG
+    packed[found_NG] = (numbers_NGC[..., ::2] | numbers_NGC[..., 1::2] << 4)[found_NG]
+    both = np.stack([zeros & 15, zeros >> 4], 2).reshape(rows, -1)
+    both[:, :groups][found_NG] = zero_NG[found_NG]
+    zeros[:] = both[:, ::2] | both[:, 1::2] << 4
 
 
 def _fits_float16(scales: np.ndarray) -> bool:  # type: ignore[type-arg]

@@ -36,6 +36,7 @@ class ExportOptions:
         group_size: at 4 bits, weights of a row that share a scale; more are faster and coarser.
         external_weights: a program's weights in a file beside it, which other programs of the model may share.
         backend: what a program of the executorch target is lowered for; empty takes its default, XNNPACK.
+        calibrate: text, as `finetune` takes it, over which 4 bits are chosen (GPTQ); empty rounds to the nearest.
     """
 
     dtype: Dtype = "float32"
@@ -46,6 +47,7 @@ class ExportOptions:
     group_size: int = 32
     external_weights: bool = False
     backend: Literal["", "xnnpack", "liger", "coreml", "vulkan", "portable"] = ""
+    calibrate: str = ""
 
 
 Lower = Callable[["PreTrainedModel", Path, ExportOptions], "GraphInfo"]
@@ -64,6 +66,7 @@ class Target:
         batch: default of `ExportOptions.batch`; if it is not 0, the number of rows is fixed at export.
         backends: what `ExportOptions.backend` may be.
         group_sizes: what `ExportOptions.group_size` may be.
+        calibrates: whether its 4 bits keep what `ExportOptions.calibrate` chooses.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Target:
     batch: int = 0
     backends: tuple[str, ...] = ()
     group_sizes: tuple[int, ...] = (32, 64, 128)
+    calibrates: bool = False
 
     def lower(self) -> Lower:
         """The lowering function. Raises UserError when a package it needs is not installed."""
@@ -97,6 +101,9 @@ class Target:
                 raise UserError(f"target {self.name!r} does not support --{name} {value}: choose {' or '.join(values)}")
         if options.group_size not in self.group_sizes:
             raise UserError(f"target {self.name!r} has --group-size {' or '.join(map(str, self.group_sizes))}")
+        if options.calibrate and not (self.calibrates and options.quant == "int4"):
+            able = " or ".join(target.name for target in TARGETS.values() if target.calibrates)
+            raise UserError(f"--calibrate chooses the 4 bits of target {able!r}: it goes with --quant int4 there")
         if options.external_weights and not self.backends:
             raise UserError(f"target {self.name!r} has no --external-weights: only executorch has")
         if options.backend and options.backend not in self.backends:
@@ -110,7 +117,7 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnx", "onnx", ONNX_PACKAGES, "onnx", DTYPES, QUANTS, ("cpu", "cuda"), chunk=256),
+        Target("onnx", "onnx", ONNX_PACKAGES, "onnx", DTYPES, QUANTS, ("cpu", "cuda"), chunk=256, calibrates=True),
         Target(
             "executorch",
             "executorch",
