@@ -139,7 +139,7 @@ def test_grids_are_kept(seed: int, rows: int, columns: int, group: int) -> None:
 
 
 def test_calibrated(tmp_path: Path) -> None:
-    """4 bits chosen over text are nearer to the model than rounded ones on text that was not shown; states still move."""
+    """4 bits chosen over a text are nearer to the model than rounded ones, on another text; states still move."""
     text = tmp_path / "text.txt"
     text.write_text(Path(ast.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     rows = {}

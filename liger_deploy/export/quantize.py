@@ -125,7 +125,7 @@ def keep_grids(
     scales: NDArray[np.float32],
     zeros: NDArray[np.uint8],
 ) -> None:
-    """Groups whose values lie on a grid of 16 get that one: their extremes, which ONNX Runtime goes by, need not be its.
+    """Groups whose values lie on a grid of 16 get that one. ONNX Runtime goes by their extremes, which need not be its.
 
     packed [N, G, group / 2], scales [N, G] and zeros [N, (G + 1) / 2] are ONNX Runtime's, and change in place.
     """
