@@ -111,7 +111,7 @@ def gptq(weight_ND: Tensor, moment_DD: Tensor, group_size: int) -> Tensor:
 
 
 def grid(group_NG: Tensor) -> tuple[Tensor, Tensor]:
-    """Step (a float16's value) and zero point, 0 to 15, of each row's grid, from its least value to its largest and 0."""
+    """Step, as float16 keeps it, and zero point (0 to 15) of each row's grid, which spans its values and 0."""
     least_N, largest_N = group_NG.amin(1).clamp(max=0), group_NG.amax(1).clamp(min=0)
     half = torch.finfo(torch.float16)
     step_N = ((largest_N - least_N) / 15).clamp(half.smallest_normal, half.max).half().double()
