@@ -207,7 +207,8 @@ def _at(
     for _ in range(plan.rounds):
         noise.append(machine.reference_loop())
         for name, worker in workers.items():
-            _let_others_end(plan)
+            if len(workers) > 1:
+                _let_others_end(plan)
             worker.ask("steps", 1)
             before = machine.energy()
             answer = worker.ask("steps", plan.block)

@@ -56,7 +56,7 @@ struct AttentionSizes {
 
 // Where everything lies. q [B,T,G*R*K], k, v and gate_key [B,T,G*K], row by row; length and valid [B]; recurrent
 // [B,G,K,K], window_k and window_v [B,G,W,K], oldest first; cos and sin [>= S, rotary]; out [B,T,G*R*K].
-// The new state may lie where the old one lies, or apart.
+// The new state may not overlap the old one.
 struct AttentionTensors {
   const float *q, *k, *v, *gate_key;
   const int64_t *length, *valid;
@@ -215,7 +215,7 @@ LIGER_INLINE void retentions(const AttentionOptions& o, const float* key, int64_
 }
 
 // scores[r][w] = turned[r] . key w after its rotary embedding, for one token's queries and `count` keys, row by row. Queries
-// are four, or a multiple, of which R are there. Meanwhile `next`, as large as the keys, is asked for.
+// are padded to a multiple of four with zeros. Meanwhile `next`, which is read after the keys, is asked for.
 LIGER_INLINE void step_scores(const float* turned, int64_t step, int64_t queries, const float* keys, const float* cos,
                               const float* sin, int64_t dim, int64_t rotary, int64_t count, const float* next,
                               float* scores, int64_t stride) {
@@ -257,8 +257,8 @@ LIGER_INLINE void attention_head(const AttentionOptions& o, const AttentionSizes
   float* scores = keys + copied;                                          // [R, S]
   float* turned = scores + R * stride;                                    // [R4, K] rotated queries
   float* features = turned + R4 * P;                                      // [R, K] phi(q)
-  float* near = features + R * P;                                               // [R, K]
-  float *alpha = near + R * P, *write = alpha + P;                              // [K]
+  float* near = features + R * P;                                         // [R, K]
+  float *alpha = near + R * P, *write = alpha + P;                        // [K]
 
   const int64_t first = std::max<int64_t>(W - std::min(seen, W), 0), last = W + valid;  // slots that hold a token
   for (int64_t s = first; s < last && !step; ++s) {
@@ -268,8 +268,8 @@ LIGER_INLINE void attention_head(const AttentionOptions& o, const AttentionSizes
   }
   const int64_t kept = W - std::min(valid, W);  // the window after the call: slots valid .. valid + W
   float *new_k = x.new_window_k + head * W * dim, *new_v = x.new_window_v + head * W * dim;
-  std::memmove(new_k, old_k + (W - kept) * dim, sizeof(float) * kept * dim);
-  std::memmove(new_v, old_v + (W - kept) * dim, sizeof(float) * kept * dim);
+  std::memcpy(new_k, old_k + (W - kept) * dim, sizeof(float) * kept * dim);
+  std::memcpy(new_v, old_v + (W - kept) * dim, sizeof(float) * kept * dim);
   for (int64_t w = kept; w < W; ++w) {
     std::memcpy(new_k + w * dim, token(x.k, w + valid - W), sizeof(float) * dim);
     std::memcpy(new_v + w * dim, token(x.v, w + valid - W), sizeof(float) * dim);
@@ -296,7 +296,7 @@ LIGER_INLINE void attention_head(const AttentionOptions& o, const AttentionSizes
       const float* next = state ? x.recurrent + head * dim * dim : seen_values;
       step_scores(turned, P, R, new_k + (from - 1) * dim, x.cos + from * z.rotary, x.sin + from * z.rotary, dim, z.rotary,
                   count, next, scores, stride);
-      if (state) std::memmove(state, x.recurrent + head * dim * dim, sizeof(float) * dim * dim);
+      if (state) std::memcpy(state, x.recurrent + head * dim * dim, sizeof(float) * dim * dim);
     } else {
       read(turned, P, R, keys + from, stride, dim, count, scores, stride);
     }

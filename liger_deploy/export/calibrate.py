@@ -30,7 +30,7 @@ def calibrate(model: PreTrainedModel, checkpoint: Path, text: str, group_size: i
     """Round every linear layer but the head, in place. `text` is a file or folder, as `finetune` takes it.
 
     Raises:
-        UserError: no tokenizer or text, or one that shows nothing of the layers' inputs.
+        UserError: no tokenizer, no text, or activations that are not finite.
     """
     blocks = pack(read_corpus(text, load_tokenizer(checkpoint), train_on_prompt=True).documents, BLOCK)[:BLOCKS]
     layers = [
