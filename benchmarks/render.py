@@ -118,6 +118,27 @@ def quant() -> str:
     return "\n".join([head, "|---" * 8 + "|", *lines, "", f"{note} {source}"])
 
 
+def attention_op() -> str:
+    """One node on ONNX Runtime in three forms."""
+    f, source = result("attention_op")
+    names = {
+        "fused": "`liger::Attention`, this project's kernel",
+        "contrib": "its body around com.microsoft.LinearAttention",
+        "plain": "standard operators",
+    }
+    times = {(row["form"], row["tokens"]): row["us"] for row in f}
+    counts = sorted({row["tokens"] for row in f})
+    lines = []
+    for form, name in names.items():
+        cells = (f"{times[form, n]:,.0f} us | {times[form, n] / times['fused', n]:.1f}" for n in counts)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    heads = " | ".join(f"{n} token{'s' * (n > 1)} | over the first" for n in counts)
+    note = "One layer of the 291M shape, Liger-GLA, one thread; the three give the same to"
+    worst = max(row["difference"] for row in f)
+    head = f"| one node | {heads} |"
+    return "\n".join([head, "|---" * (1 + 2 * len(counts)) + "|", *lines, "", f"{note} {worst:.0e}. {source}"])
+
+
 def executorch_profile() -> str:
     """Where an ExecuTorch step spends its time."""
     f, source = result("executorch_profile")
@@ -309,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
         demo,
         quant,
         depth_bandwidth,
+        attention_op,
         executorch_profile,
         executorch_operator,
         gpu_finetune,

@@ -27,8 +27,9 @@ from tests.tolerances import OP
 
 CHUNK = 200
 STRUCTURES = [name for name in gates.STRUCTURES if has_one_node(ld.LigerConfig(name))]
-# head dim, query heads per KV head, window: a whole number of vectors and not, one query head and more than four.
-SIZES = [(16, 1, 5), (64, 4, 64), (20, 3, 7), (32, 6, 33)]
+# head dim, query heads per KV head, window: one query head and more than four; whole vectors (a step has a form of its
+# own for them) and not.
+SIZES = [(16, 1, 5), (64, 4, 64), (20, 3, 7), (32, 6, 33), (64, 6, 33)]
 GROUPS = 2
 
 
