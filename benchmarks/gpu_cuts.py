@@ -73,22 +73,23 @@ def _products(
         for numbers, scales in matrices:
             module.linear_step(x, numbers, scales, scale if norm else None, 1e-5, swiglu, other)
 
-    found, kept = [], (module.tiling, module.tiling_4bit)
+    found, kept = [], (module.tiling, module.packed_tiling)
     # Rows of a program; columns of a load, or programs of a multiprocessor; warps.
     for rows_of_program, second, warps in itertools.product(
-        (2, 4, 8, 16), (1, 2, 4) if bits == 4 else (1024, 2048, 4096), (1, 2, 4, 8, 16)
+        (1, 2, 4, 8, 16), (1024, 2048, 4096) if bits == 16 else (1, 2, 4), (1, 2, 4, 8, 16)
     ):
-        columns = width if bits == 4 else second
-        share = rows_of_program * columns * (1 + swiglu) // (32 * warps)  # weights that a thread holds
-        if not 32 <= share <= 512 or columns >= 2 * width:
+        columns = second if bits == 16 else width
+        share = rows_of_program * columns * bits * (1 + swiglu) // (1024 * warps)  # words that a thread holds
+        if not 4 <= share <= 64 or columns >= 2 * width:
             continue
         way = (rows_of_program, second, warps)
         module.tiling = functools.partial(_always, way)  # type: ignore[assignment]
-        module.tiling_4bit = functools.partial(_always, (rows_of_program, warps, second))  # type: ignore[assignment]
+        packed_way = module.PackedTiling(rows_of_program, warps, second)
+        module.packed_tiling = functools.partial(_always, packed_way)  # type: ignore[assignment]
         if (graph := _unless_too_large(captured, run, overlap_kernels)) is not None:
             size = sum(part.nbytes for part in matrices[0] if part is not None)
             found.append((median_ms(graph, 10) / copies, size, way))
-    module.tiling, module.tiling_4bit = kept
+    module.tiling, module.packed_tiling = kept
     return sorted(found)
 
 
@@ -119,12 +120,13 @@ def attention_prefill() -> list[dict[str, Any]]:
     found = []
     ways: list[dict[str, int]] = [
         {},
-        {"WRITE_WARPS": 4},
-        {"READ_WARPS": 4},
+        {"CHUNK": 64},
+        {"CHUNK": 256},
+        {"WARPS": 8},
+        {"WRITE_STAGES": 1},
         {"KEYS": 16},
-        {"KEYS": 64},
         {"SCAN": 512},
-        {"SCAN": 2048},
+        {"AHEAD": 4},
     ]
     for way in _cut(module, ways):
         calls = {tokens: prefill_call(tokens) for tokens in (2048, 32768)}

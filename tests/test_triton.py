@@ -222,7 +222,7 @@ def _heads(wide: Tensor, groups: int, queries: int, dim: int) -> Heads:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize(("rows", "width"), [(20, 48), (13, 48), (7, 3000), (33, 2048), (9, 5000)])
+@pytest.mark.parametrize(("rows", "width"), [(20, 48), (13, 48), (7, 3001), (33, 2048), (9, 5000)])
 @pytest.mark.parametrize(("norm", "swiglu", "residual"), [(1, 0, 0), (0, 1, 1), (1, 1, 0), (0, 0, 1), (1, 0, 1)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_linear_step(
@@ -256,10 +256,10 @@ def test_packed_numbers(width: int) -> None:
     weight = torch.randn(20, width)
     weight[3] = 0
     eight, four = pack(weight, 8), pack(weight, 4)
-    assert eight.numbers.shape == (20, width)
+    assert (eight.words.shape, eight.scale.shape) == ((20, width // 4), (20,))
     assert ((unpack(*eight, width, torch.float32) - weight).abs() <= 0.5001 * eight.scale[:, None]).all()
     groups = -(-width // 32)
-    assert (four.numbers.shape, four.scale.shape) == ((20, 4 * groups), (20, groups))
+    assert (four.words.shape, four.scale.shape) == ((20, 4 * groups), (20, groups))
     q, scale = torch.arange(-8.0, 8.0).repeat(20, width // 16), torch.full((20, 1), 0.25)
     scale[3] = 0
     assert torch.equal(unpack(*pack(q * scale, 4), width, torch.float32), q * scale)  # what fits exactly is kept so
@@ -301,17 +301,17 @@ from liger_deploy.model.kernels.attention_prefill import (
 )
 from liger_deploy.model.kernels.attention_sequence import SUB, attention_sequence
 from liger_deploy.model.kernels.attention_step import _attention_step
-from liger_deploy.model.kernels.linear_step import _linear_step, _linear_step_4bit
+from liger_deploy.model.kernels.linear_step import _linear_step, _linear_step_packed
 
 def half(*shape):
     return torch.empty(*shape, dtype=torch.bfloat16)
 
 linear = dict(
-    x_ptr=half(64), scale_ptr=half(64), norm_ptr=half(64), residual_ptr=half(64), out_ptr=half(64), eps=1e-5,
+    x_ptr=half(64), norm_ptr=half(64), residual_ptr=half(64), out_ptr=half(64), eps=1e-5,
     N=64, D=64, BN=2, BD=64, NORM=True, SWIGLU=False, RESIDUAL=True, OVERLAP=True,
 )
-packed = dict(linear, words_ptr=torch.zeros(64, 8, dtype=torch.int32), BG=2, J=4)
-linear |= dict(weight_ptr=half(64, 64), SCALED=False)
+packed = dict(linear, words_ptr=torch.zeros(64, 8, dtype=torch.int32), scale_ptr=half(64, 2), W=8, BITS=4, BG=2, J=4)
+linear |= dict(weight_ptr=half(64, 64))
 state, ring, heads = torch.empty(2, 16, 16), half(2, 16, 16), half(2, 16)
 attention = dict(
     q_ptr=heads, k_ptr=heads, v_ptr=heads, gate_ptr=heads, length_ptr=torch.zeros(1).long(), state_ptr=state,
@@ -326,7 +326,7 @@ names = "q k v gate length valid state before writes total prefix key faded ring
 whole = dict(
     {f"{name}_ptr": half(2, 16, 16) for name in names}, **strides, **shape, normalizer=16.0, lower_bound=0.0, T=64,
     W=16, recurrent_weight=0.5, window_weight=0.5, scale=0.25, R=1, ROTARY=16, S=16, J=16, BR=1, BH=16, BREST=16, BW=16,
-    BC=16, E=256, A=4, RECURS=True,
+    BC=16, E=256, A=4, RECURS=True, STAGES=3,
 )
 whole |= {f"{name}_ptr": torch.empty(2, 16, 16) for name in "state writes total prefix".split()}
 whole |= dict(length_ptr=torch.zeros(1).long(), valid_ptr=torch.zeros(1).long())
@@ -336,7 +336,7 @@ def taken(kernel):
 
 prefill = [(kernel, taken(kernel)) for kernel in (_prefill_write, _prefill_scan, _prefill_read, _prefill_keep)]
 many = dict(attention, V=32, BLOCKS=2, TOGETHER=False, STAGES=3)
-steps = ((_linear_step, linear), (_linear_step_4bit, packed), (_attention_step, attention), (_attention_step, many))
+steps = ((_linear_step, linear), (_linear_step_packed, packed), (_attention_step, attention), (_attention_step, many))
 for kernel, arguments in (*steps, *prefill):
     arguments = {name: arguments[name] for name in kernel.arg_names}
     if hasattr(wrap, "identify_accessed_tensors"):

@@ -72,15 +72,15 @@ def pack_linears(module: GraphModule, bits: int, vocab: int, made: dict[str, Ten
         matrix = node.args[node.target == LINEAR]
         value = parameter(module, matrix)
         if matrix.target not in found:
-            kind = 8 if node.target == EMBEDDING or len(value) == vocab else bits
-            found[matrix.target] = _packed(module, matrix, kind, made)
+            own_bits = 8 if node.target == EMBEDDING or len(value) == vocab else bits
+            found[matrix.target] = _packed(module, matrix, own_bits, made)
         packed_nodes = found[matrix.target]
         with module.graph.inserting_before(node):
+            kind = (value.shape[1], value.dtype)
             if node.target == LINEAR:
-                arguments = (*packed_nodes, value.shape[1], value.dtype)
-                node.replace_input_with(matrix, module.graph.call_function(unpack, arguments))
+                node.replace_input_with(matrix, module.graph.call_function(unpack, (*packed_nodes, *kind)))
             else:
-                rows = module.graph.call_function(packed_rows, (*packed_nodes, node.args[1], value.dtype))
+                rows = module.graph.call_function(packed_rows, (*packed_nodes, node.args[1], *kind))
                 node.replace_all_uses_with(rows)
     _finish(module)
 

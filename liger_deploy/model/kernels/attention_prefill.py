@@ -1,6 +1,7 @@
 """`liger::attention_prefill`: `attention_step` for T tokens at once, chunk by chunk, in four kernels.
 
-    write    what each chunk of C tokens writes into the state, its decays and its keys; chunks in parallel
+    write    what each chunk of C tokens writes into the state, its decays and its keys; chunks in parallel, their
+             sub-chunks of S tokens one after the other
     scan     the recurrent state before every chunk; state elements in parallel
     read     all outputs; S tokens of one KV head and its query heads a program
     keep     the last W keys and values go into the ring
@@ -38,7 +39,7 @@ from liger_deploy.model.lolcats import Lolcats
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
 from liger_deploy.model.window import Rope
 
-CHUNK, SUB, KEYS = 64, 16, 32  # C, S, J
+CHUNK, SUB, KEYS = 128, 16, 32  # C, S, J
 # Largest sum of decays in a sub-chunk that two factors bear: that of float32's range, and that of its last digits.
 SAFE, SAFE_EXACT = tl.constexpr(60.0), tl.constexpr(8.0)
 
@@ -85,37 +86,42 @@ def _prefill_write(
     k_batch, k_row, v_batch, v_row, gate_batch, gate_row, normalizer, lower_bound, G, N,
     K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr,
     KEY_FROM_GATE: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, group = head // G, head % G
     kind: tl.constexpr = k_ptr.dtype.element_ty
-    c_C, c_V, i_T = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
-    in_C, in_V, t_T = c_C < K, c_V < V, n * C + i_T
+    c_C, c_V, i_S = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, S)
+    in_C, in_V = c_C < K, c_V < V
     normalizer, lower_bound = tl.cast(normalizer, tl.float32), tl.cast(lower_bound, tl.float32)
-    in_T = t_T < tl.load(valid_ptr + row)
-    in_TC = in_T[:, None] & in_C[None, :]
-    gate_T1 = gate_ptr + row * gate_batch + t_T[:, None] * gate_row + group * K
-    k_T1 = k_ptr + row * k_batch + t_T[:, None] * k_row + group * K
-    g_TC = _gates(gate_T1, c_C, in_TC, group.to(tl.float32), normalizer, lower_bound, K, GATE, SCALAR)
-    w_TC = _writes(k_T1, c_C, in_C, in_TC, g_TC, SOFTMAX, KEY_FROM_GATE)
+    valid = tl.load(valid_ptr + row)
+    k_ptr += row * k_batch + group * K
+    gate_ptr += row * gate_batch + group * K
+    v_ptr += row * v_batch + group * V
     # Sums of log-decays as products with 0 and 1: quicker than a scan, and no small sum is a difference of large ones.
-    same_TT, after_TT = i_T[None, :] // S == i_T[:, None] // S, i_T[None, :] > i_T[:, None]
-    prefix_TC = _sums(same_TT & ~after_TT, g_TC, kind)
-    to_sub_end_TC = _sums(same_TT & after_TT, g_TC, kind)
-    to_end_TC = _sums(after_TT, g_TC, kind)
-    at_TC = ((head * N + n) * C + i_T[:, None]) * K + c_C[None, :]
-    tl.store(prefix_ptr + at_TC, prefix_TC, in_C[None, :])
-    tl.store(key_ptr + at_TC, w_TC.to(kind), in_C[None, :])
-    tl.store(faded_ptr + at_TC, (w_TC * tl.exp(to_sub_end_TC)).to(kind), in_C[None, :])
-    tl.store(total_ptr + (head * N + n) * K + c_C, tl.sum(g_TC, 0), in_C)
-    v_TV = tl.load(
-        v_ptr + row * v_batch + t_T[:, None] * v_row + group * V + c_V[None, :], in_T[:, None] & in_V[None, :], 0.0
-    )
-    w_TC *= tl.exp(to_end_TC)
-    if tl.float32 == kind:
-        writes_CV = tl.dot(tl.trans(w_TC), v_TV, input_precision="ieee")
-    else:  # a 16-bit value is exact in tf32
-        writes_CV = tl.dot(tl.trans(w_TC), v_TV.to(tl.float32), input_precision="tf32")
+    upto_SS, after_SS = i_S[None, :] <= i_S[:, None], i_S[None, :] > i_S[:, None]
+    writes_CV, total_C = tl.zeros([BK, BV], tl.float32), tl.zeros([BK], tl.float32)
+    for start in tl.range(0, C, S, num_stages=STAGES):
+        t_S = n * C + start + i_S
+        in_S = t_S < valid
+        in_SC = in_S[:, None] & in_C[None, :]
+        gate_S1, k_S1 = gate_ptr + t_S[:, None] * gate_row, k_ptr + t_S[:, None] * k_row
+        g_SC = _gates(gate_S1, c_C, in_SC, group.to(tl.float32), normalizer, lower_bound, K, GATE, SCALAR)
+        w_SC = _writes(k_S1, c_C, in_C, in_SC, g_SC, SOFTMAX, KEY_FROM_GATE)
+        v_SV = tl.load(v_ptr + t_S[:, None] * v_row + c_V[None, :], in_S[:, None] & in_V[None, :], 0.0)
+        at_SC = ((head * N + n) * C + start + i_S[:, None]) * K + c_C[None, :]
+        tl.store(prefix_ptr + at_SC, _sums(upto_SS, g_SC, kind), in_C[None, :])
+        tl.store(key_ptr + at_SC, w_SC.to(kind), in_C[None, :])
+        w_SC *= tl.exp(_sums(after_SS, g_SC, kind))
+        tl.store(faded_ptr + at_SC, w_SC.to(kind), in_C[None, :])
+        sum_C = tl.sum(g_SC, 0)
+        total_C += sum_C
+        writes_CV *= tl.exp(sum_C)[:, None]
+        if tl.float32 == kind:
+            writes_CV += tl.dot(tl.trans(w_SC), v_SV, input_precision="ieee")
+        else:  # a 16-bit value is exact in tf32
+            writes_CV += tl.dot(tl.trans(w_SC), v_SV.to(tl.float32), input_precision="tf32")
+    tl.store(total_ptr + (head * N + n) * K + c_C, total_C, in_C)
     at_CV = (head * N + n) * K * V + c_C[:, None] * V + c_V[None, :]
     tl.store(writes_ptr + at_CV, writes_CV, in_C[:, None] & in_V[None, :])
 
@@ -184,29 +190,26 @@ def _prefill_read(
         u_J = start + tl.arange(0, J)
         token_J = first - W + u_J  # below 0: kept from before
         new_J, old_J = (token_J >= 0) & (token_J < valid) & (u_J < W + S), (token_J < 0) & (length + token_J >= 0)
-        slot_J = (length + token_J + W) % W
-        new_k_J1, old_k_J1 = k_ptr + token_J[:, None] * k_row, ring_k_ptr + (head * W + slot_J[:, None]) * K
+        there_J, old_J1 = new_J | old_J, old_J[:, None]
+        slot_J1 = head * W + (length + token_J[:, None] + W) % W
+        key_J1 = tl.where(old_J1, ring_k_ptr + slot_J1 * K, k_ptr + token_J[:, None] * k_row)
         scores_XJ = tl.zeros([BR * S, J], tl.float32)
         if ROTARY > 0:
-            in_new, in_old = new_J[:, None] & in_H[None, :], old_J[:, None] & in_H[None, :]
-            a_new, b_new = _halves(new_k_J1, h_H, half, in_new)
-            a_old, b_old = _halves(old_k_J1, h_H, half, in_old)
-            a_JH, b_JH = (a_new + a_old).to(tl.float32), (b_new + b_old).to(tl.float32)
+            a_JH, b_JH = _halves(key_J1, h_H, half, there_J[:, None] & in_H[None, :])
+            a_JH, b_JH = a_JH.to(tl.float32), b_JH.to(tl.float32)
             at_JH, inside_JH = u_J[:, None] * ROTARY + h_H[None, :], (u_J < W + S)[:, None] & in_H[None, :]
             cos_JH, sin_JH = tl.load(cos_ptr + at_JH, inside_JH, 0.0), tl.load(sin_ptr + at_JH, inside_JH, 0.0)
             scores_XJ += _dot(turned_a_XH, tl.trans(a_JH * cos_JH - b_JH * sin_JH), kind)
             scores_XJ += _dot(turned_b_XH, tl.trans(b_JH * cos_JH + a_JH * sin_JH), kind)
         if ROTARY < K:
-            rest_JC = tl.load(new_k_J1 + rest_C[None, :], new_J[:, None] & in_rest[None, :], 0.0)
-            rest_JC += tl.load(old_k_J1 + rest_C[None, :], old_J[:, None] & in_rest[None, :], 0.0)
+            rest_JC = tl.load(key_J1 + rest_C[None, :], there_J[:, None] & in_rest[None, :], 0.0)
             scores_XJ += _dot(q_rest_XC, tl.trans(rest_JC.to(tl.float32)), kind)
-        seen_XJ = (u_J[None, :] > i_X[:, None]) & (u_J[None, :] <= W + i_X[:, None]) & (new_J | old_J)[None, :]
+        seen_XJ = (u_J[None, :] > i_X[:, None]) & (u_J[None, :] <= W + i_X[:, None]) & there_J[None, :]
         scores_XJ = tl.where(seen_XJ, scores_XJ * scale, float("-inf"))
         newer_X = tl.maximum(top_X, tl.max(scores_XJ, 1))
         weights_XJ, fade_X = tl.exp(scores_XJ - newer_X[:, None]), tl.exp(top_X - newer_X)
-        v_JV = tl.load(v_ptr + token_J[:, None] * v_row + c_V[None, :], new_J[:, None] & in_V[None, :], 0.0)
-        old_v_J1 = ring_v_ptr + (head * W + slot_J[:, None]) * V
-        v_JV += tl.load(old_v_J1 + c_V[None, :], old_J[:, None] & in_V[None, :], 0.0)
+        value_J1 = tl.where(old_J1, ring_v_ptr + slot_J1 * V, v_ptr + token_J[:, None] * v_row)
+        v_JV = tl.load(value_J1 + c_V[None, :], there_J[:, None] & in_V[None, :], 0.0)
         near_XV = near_XV * fade_X[:, None] + _dot(weights_XJ, v_JV.to(tl.float32), kind)
         total_X = total_X * fade_X + tl.sum(weights_XJ, 1)
         top_X = newer_X
@@ -328,27 +331,27 @@ def attention_prefill(
         launcher(_prefill_write, q)[(chunks, heads)](
             k, v, gate, valid_B, writes, total, prefix, keys, faded, *strides, normalizer, lower_bound, groups, chunks,
             GATE=_GATES[structure], SCALAR=row.width == "scalar", KEY_FROM_GATE=row.key_from_gate,
-            num_warps=WRITE_WARPS, **shape,
+            STAGES=WRITE_STAGES, num_warps=WARPS, **shape,
         )  # fmt: skip
         elements = min(SCAN, int(triton.next_power_of_2(dim * width)))
         launcher(_prefill_scan, q)[(heads, triton.cdiv(dim * width, elements))](
-            writes, total, recurrent_BGKV, before, chunks, K=dim, V=width, E=elements, A=4, num_warps=4
+            writes, total, recurrent_BGKV, before, chunks, K=dim, V=width, E=elements, A=AHEAD, num_warps=WARPS
         )
     launcher(_prefill_read, q)[(triton.cdiv(tokens, SUB), heads)](
         q, k, v, length_B, valid_B, before, prefix, keys, faded, ring_k_BGWK, ring_v_BGWV, cos_SK, sin_SK, out,
         q.stride(0), q.stride(1), *strides[:4], recurrent_weight, window_weight, scale, groups, chunks, tokens,
         R=queries, W=slots, ROTARY=rotary, RECURS=recurs, J=KEYS, BR=triton.next_power_of_2(queries),
-        BH=_block(rotary // 2), BREST=_block(dim - rotary), num_warps=READ_WARPS, **shape,
+        BH=_block(rotary // 2), BREST=_block(dim - rotary), num_warps=WARPS, num_stages=1, **shape,
     )  # fmt: skip
     block = min(16, _block(slots))
     launcher(_prefill_keep, q)[(heads, triton.cdiv(slots, block))](
         k, v, length_B, valid_B, ring_k_BGWK, ring_v_BGWV, *strides[:4], groups,
-        K=dim, V=width, W=slots, BW=block, BC=_block(max(dim, width)), num_warps=4,
+        K=dim, V=width, W=slots, BW=block, BC=_block(max(dim, width)), num_warps=WARPS,
     )  # fmt: skip
     return out
 
 
-WRITE_WARPS, READ_WARPS, SCAN = 8, 4, 1024  # measured: benchmarks/gpu_cuts.py
+WARPS, WRITE_STAGES, SCAN, AHEAD = 4, 3, 1024, 8  # measured: benchmarks/gpu_cuts.py
 
 
 def prefill_on_ring(

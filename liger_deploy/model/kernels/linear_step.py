@@ -5,12 +5,14 @@
 
 At one token a layer is a stream of its weights, in the model's dtype or packed in 8 or 4 bits (`packed.py`). One
 program takes BN rows of W and all of their D columns; their loads are issued first, so that they are under way while
-the norm is computed. In 4 bits it goes on to other rows, as its inputs cost as much as theirs.
+the norm is computed. Of a packed W it goes on to other rows, as its inputs cost as much as theirs.
 
-Shape legend: D input width, N output width, G groups of 32 columns, J words of a group, K numbers of a word.
+Shape legend: D input width, N output width; of a packed row G groups of J words, S numbers of a group.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +21,8 @@ from torch import Tensor
 from torch.library import triton_op
 
 from liger_deploy.model.kernels import launcher, overlaps, predecessor_done, start_followers
-from liger_deploy.model.packed import GROUP, WORDS
+
+WORDS = 4  # of a group, J: what a thread loads at once
 
 
 @triton.jit
@@ -38,8 +41,16 @@ def _input(x_ptr, norm_ptr, at, D: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
+def _residual(residual_ptr, n_N, N, RESIDUAL: tl.constexpr):
+    if RESIDUAL:
+        return tl.load(residual_ptr + n_N, n_N < N, 0.0).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
 def _store(
-    y_N, up_N, squares, residual_ptr, out_ptr, n_N, eps,
+    y_N, up_N, squares, residual_N, out_ptr, n_N, eps,
     N: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """What comes after the product, each step rounded to the model's dtype as the model's own layers do."""
@@ -51,14 +62,14 @@ def _store(
         gate_N = y_N.to(kind).to(tl.float32)
         y_N = (gate_N / (1.0 + tl.exp(-gate_N))).to(kind).to(tl.float32) * up_N.to(kind).to(tl.float32)
     if RESIDUAL:
-        y_N = y_N.to(kind).to(tl.float32) + tl.load(residual_ptr + n_N, n_N < N, 0.0).to(tl.float32)
+        y_N = y_N.to(kind).to(tl.float32) + residual_N
     tl.store(out_ptr + n_N, y_N.to(kind), n_N < N)
 
 
 @triton.jit
 def _linear_step(
-    x_ptr, weight_ptr, scale_ptr, norm_ptr, residual_ptr, out_ptr, eps,
-    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SCALED: tl.constexpr,
+    x_ptr, weight_ptr, norm_ptr, residual_ptr, out_ptr, eps,
+    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n_N, d_D = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
@@ -71,6 +82,7 @@ def _linear_step(
     if OVERLAP:
         done = predecessor_done()
         x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
+    residual_N = _residual(residual_ptr, n_N, N, RESIDUAL)
     x_D, squares_D = _input(x_ptr, norm_ptr, d_D, D, NORM)
     sum_ND = w_ND.to(tl.float32) * x_D[None, :]
     if SWIGLU:
@@ -89,77 +101,105 @@ def _linear_step(
     y_N, up_N = tl.sum(sum_ND, 1), 0.0
     if SWIGLU:
         up_N = tl.sum(up_ND, 1)
-    if SCALED:
-        y_N *= tl.load(scale_ptr + n_N, in_N, 0.0)
-        if SWIGLU:
-            up_N *= tl.load(scale_ptr + N + n_N, in_N, 0.0)
-    _store(y_N, up_N, tl.sum(squares_D, 0), residual_ptr, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL)
+    _store(y_N, up_N, tl.sum(squares_D, 0), residual_N, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL)
 
 
 @triton.jit
-def _words(words_ptr, scale_ptr, n_N, g_G, N, G: tl.constexpr, J: tl.constexpr):
-    """Words [BN,BG,J] of rows, and their groups' scales [BN,BG]; zeros beyond row N."""
-    in_NG = (n_N < N)[:, None] & (g_G < G)[None, :]
-    row_N1 = n_N.to(tl.int64)[:, None] * G
-    words_NGJ = (row_N1 + g_G[None, :])[:, :, None] * J + tl.arange(0, J)[None, None, :]
-    loaded_NGJ = tl.load(words_ptr + words_NGJ, in_NG[:, :, None], 0, eviction_policy="evict_first")
-    scale_NG = tl.load(scale_ptr + row_N1 + g_G[None, :], in_NG, 0.0)
-    return loaded_NGJ.to(tl.uint32, bitcast=True), scale_NG
+def _words(
+    words_ptr, scale_ptr, n_N, g_G, zero, N, W: tl.constexpr, G: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr
+):
+    """Words [BN,BG,J] of rows, W each, and their scales: [BN,BG] in 4 bits, [BN] in 8; zeros beyond row N.
+
+    With `zero`, of which the compiler knows nothing, it loads the scales one by one, as the sums they go with lie.
+    """
+    in_N, at_GJ = n_N < N, g_G[:, None] * J + tl.arange(0, J)[None, :]
+    at_NGJ = n_N.to(tl.int64)[:, None, None] * W + at_GJ[None, :, :]
+    in_NGJ = in_N[:, None, None] & (at_GJ < W)[None, :, :]
+    words_NGJ = tl.load(words_ptr + at_NGJ, in_NGJ, 0, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
+    if BITS == 4:
+        scale_ptr += n_N.to(tl.int64)[:, None] * G + (g_G + zero)[None, :]
+        scale = tl.load(scale_ptr, in_N[:, None] & (g_G < G)[None, :], 0.0)
+    else:
+        scale = tl.load(scale_ptr + n_N, in_N, 0.0)
+    return words_NGJ, scale
 
 
 @triton.jit
-def _number(words, k: tl.constexpr):
-    """Number k, from 0 to 3, of each word. Its bits, left in place, are the float32 number q 16^k 2^-149."""
-    return (words & (15 * 16**k)).to(tl.float32, bitcast=True)
+def _by_number(x_GS, G: tl.constexpr, J: tl.constexpr, COUNT: tl.constexpr):
+    """[G,J] for each of the COUNT, 4 or 8, numbers of a word."""
+    even, odd = tl.split(tl.reshape(x_GS, [G, J * COUNT // 2, 2]))
+    x0, x2 = tl.split(tl.reshape(even, [G, J * COUNT // 4, 2]))
+    x1, x3 = tl.split(tl.reshape(odd, [G, J * COUNT // 4, 2]))
+    if COUNT == 4:
+        return x0, x1, x2, x3
+    else:
+        x0, x4 = tl.split(tl.reshape(x0, [G, J, 2]))
+        x1, x5 = tl.split(tl.reshape(x1, [G, J, 2]))
+        x2, x6 = tl.split(tl.reshape(x2, [G, J, 2]))
+        x3, x7 = tl.split(tl.reshape(x3, [G, J, 2]))
+        return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
-def _product(words_NGJ, scale_NG, inputs, eight_G):
-    """Sums over the columns [BN], of inputs as `_linear_step_4bit` scales them."""
-    sum_NGJ = _number(words_NGJ, 0) * inputs[0][None, :, :]
-    for k in tl.static_range(1, 8):
-        if k == 4:
+def _product(words_NGJ, scale, inputs, offset_GJ, BITS: tl.constexpr):
+    """Sums over the columns [BN], of inputs as `_linear_step_packed` scales them.
+
+    A number's bits, left in place in the lower half of a word, are a float32 that need not be converted: q 2^(p - 149),
+    p the place of its lowest bit.
+    """
+    COUNT: tl.constexpr = 32 // BITS
+    sum_NGJ = -offset_GJ[None, :, :]
+    for k in tl.static_range(COUNT):
+        if 2 * k == COUNT:
             words_NGJ >>= 16
-        sum_NGJ += _number(words_NGJ, k % 4) * inputs[k][None, :, :]
-    return tl.sum((tl.sum(sum_NGJ, 2) * 2.0**69 - eight_G[None, :]) * scale_NG.to(tl.float32), 1)
+        number_NGJ = words_NGJ & ((2**BITS - 1) * 2 ** (k * BITS % 16))
+        sum_NGJ = sum_NGJ + number_NGJ.to(tl.float32, bitcast=True) * inputs[k][None, :, :]
+    if BITS == 4:
+        return tl.sum(tl.sum(sum_NGJ, 2) * scale.to(tl.float32), 1) * 2.0**69
+    else:
+        return tl.sum(tl.sum(sum_NGJ, 2), 1) * scale * 2.0**69
 
 
 @triton.jit
-def _linear_step_4bit(
+def _linear_step_packed(
     x_ptr, words_ptr, scale_ptr, norm_ptr, residual_ptr, out_ptr, eps,
-    N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, J: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+    BN: tl.constexpr, BG: tl.constexpr, J: tl.constexpr,
     NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program keeps the inputs, and takes BN rows in turn with the other programs; the next ones are under way."""
-    SIZE: tl.constexpr = 8 * J
-    G: tl.constexpr = (D + SIZE - 1) // SIZE
+    COUNT: tl.constexpr = 32 // BITS
+    S: tl.constexpr = COUNT * J
+    G: tl.constexpr = (W + J - 1) // J
     H: tl.constexpr = 2 * N if SWIGLU else N
-    n_N, g_G = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG)
+    n_N, g_G, zero = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG), 0
     if OVERLAP:
-        n_N += start_followers()
-    words_NGJ, scale_NG = _words(words_ptr, scale_ptr, n_N, g_G, N, G, J)
+        zero = start_followers()
+        n_N += zero
+    words_NGJ, scale = _words(words_ptr, scale_ptr, n_N, g_G, zero, N, W, G, J, BITS)
     if SWIGLU:
-        up_NGJ, up_scale_NG = _words(words_ptr, scale_ptr, n_N + N, g_G, H, G, J)
+        up_NGJ, up_scale = _words(words_ptr, scale_ptr, n_N + N, g_G, zero, H, W, G, J, BITS)
     if OVERLAP:
         done = predecessor_done()
         x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
-    inputs = ()
-    x_sum_GJ, squares_GJ = tl.zeros([BG, J], tl.float32), tl.zeros([BG, J], tl.float32)
-    for k in tl.static_range(8):
-        x_GJ, more_GJ = _input(x_ptr, norm_ptr, g_G[:, None] * SIZE + J * k + tl.arange(0, J)[None, :], D, NORM)
-        x_sum_GJ, squares_GJ = x_sum_GJ + x_GJ, squares_GJ + more_GJ
-        inputs = inputs + (x_GJ * 2.0 ** (80 - 4 * (k % 4)),)  # type: ignore[assignment]  # noqa: RUF005
-    eight_G, squares = 8.0 * tl.sum(x_sum_GJ, 1), tl.sum(tl.sum(squares_GJ, 1), 0)
+    x_GS, squares_GS = _input(x_ptr, norm_ptr, g_G[:, None] * S + tl.arange(0, S)[None, :], D, NORM)
+    squares, by_number = tl.sum(squares_GS), _by_number(x_GS, BG, J, COUNT)
+    inputs, offset_GJ = (), tl.zeros([BG, J], tl.float32)
+    for k in tl.static_range(COUNT):
+        offset_GJ += by_number[k] * 2.0 ** (BITS - 70)  # half of the numbers' range
+        inputs = inputs + (by_number[k] * 2.0 ** (80 - k * BITS % 16),)  # type: ignore[assignment]  # noqa: RUF005
     for _ in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
         ahead_N = n_N + BN * tl.num_programs(0)
-        next_NGJ, next_scale_NG = _words(words_ptr, scale_ptr, ahead_N, g_G, N, G, J)
-        y_N, up_N = _product(words_NGJ, scale_NG, inputs, eight_G), 0.0
+        residual_N, up_N = _residual(residual_ptr, n_N, N, RESIDUAL), 0.0
+        next_NGJ, next_scale = _words(words_ptr, scale_ptr, ahead_N, g_G, zero, N, W, G, J, BITS)
         if SWIGLU:
-            next_up_NGJ, next_up_scale_NG = _words(words_ptr, scale_ptr, ahead_N + N, g_G, H, G, J)
-            up_N = _product(up_NGJ, up_scale_NG, inputs, eight_G)
-            up_NGJ, up_scale_NG = next_up_NGJ, next_up_scale_NG
-        _store(y_N, up_N, squares, residual_ptr, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL)
-        n_N, words_NGJ, scale_NG = ahead_N, next_NGJ, next_scale_NG
+            next_up_NGJ, next_up_scale = _words(words_ptr, scale_ptr, ahead_N + N, g_G, zero, H, W, G, J, BITS)
+        y_N = _product(words_NGJ, scale, inputs, offset_GJ, BITS)
+        if SWIGLU:
+            up_N = _product(up_NGJ, up_scale, inputs, offset_GJ, BITS)
+            up_NGJ, up_scale = next_up_NGJ, next_up_scale
+        _store(y_N, up_N, squares, residual_N, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL)
+        n_N, words_NGJ, scale = ahead_N, next_NGJ, next_scale
 
 
 @triton_op("liger::linear_step", mutates_args=())
@@ -174,27 +214,26 @@ def linear_step(
 ) -> Tensor:
     """One row: x [1,...,D] -> [1,...,N] in x's dtype; with `swiglu` the weight is [2N,D], gate rows first.
 
-    `weight` and `scale` are a matrix in x's dtype and None, or a `Packed` matrix.
+    `weight` and `scale` are a matrix in x's dtype and None, or a `Packed` matrix's words and scales.
     """
     width = x.shape[-1]
     rows = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
-    bits = {torch.int8: 8, torch.int32: 4}.get(weight.dtype, 16)
-    pointers = (weight, *(x if tensor is None else tensor for tensor in (scale, norm_D, residual)))
+    others = (x if tensor is None else tensor for tensor in (norm_D, residual))
     rest = {"NORM": norm_D is not None, "SWIGLU": swiglu, "RESIDUAL": residual is not None, "OVERLAP": overlaps()}
-    if bits == 4:
-        block_g = triton.next_power_of_2(triton.cdiv(width, GROUP))
-        block_n, warps, programs = tiling_4bit(block_g)
-        grid = min(triton.cdiv(rows, block_n), programs * _multiprocessors(x))
-        launcher(_linear_step_4bit, x)[(grid,)](
-            x, *pointers, out, eps, N=rows, D=width, BN=block_n, BG=block_g, J=WORDS, **rest, num_warps=warps
-        )
+    if scale is not None:
+        bits, words = (4 if scale.dim() == 2 else 8), weight.shape[1]
+        tile = packed_tiling(words, swiglu, bits)
+        grid = min(triton.cdiv(rows, tile.rows), tile.programs * _multiprocessors(x))
+        launcher(_linear_step_packed, x)[(grid,)](
+            x, weight, scale, *others, out, eps, N=rows, D=width, W=words, BITS=bits, BN=tile.rows,
+            BG=triton.next_power_of_2(triton.cdiv(words, WORDS)), J=WORDS, **rest, num_warps=tile.warps,
+        )  # fmt: skip
         return out
-    block_n, block_d, warps = tiling(rows, width, swiglu, bits)
+    block_n, block_d, warps = tiling(rows, width, swiglu)
     launcher(_linear_step, x)[(triton.cdiv(rows, block_n),)](
-        x, *pointers, out, eps, N=rows, D=width, BN=block_n, BD=block_d, SCALED=scale is not None, **rest,
-        num_warps=warps,
-    )  # fmt: skip
+        x, weight, *others, out, eps, N=rows, D=width, BN=block_n, BD=block_d, **rest, num_warps=warps
+    )
     return out
 
 
@@ -202,21 +241,27 @@ def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
-def tiling(rows: int, width: int, swiglu: bool, bits: int = 16) -> tuple[int, int, int]:
+def tiling(rows: int, width: int, swiglu: bool) -> tuple[int, int, int]:
     """(rows of W a program takes, columns of one load, warps). Measured: `benchmarks/gpu_cuts.py`."""
-    if bits == 8 and 2048 < width <= 4096:
-        return 4, 4096, 4
-    block_d = min(triton.next_power_of_2(width), 2048)
     # Few rows where a program takes two large tiles, or its share would be too large for all of the GPU to have one.
-    few = (swiglu and bits == 16) or width > 2048 or rows * width <= 1 << 22
-    return (2 if few else 4), block_d, (8 if width > 4096 else 4)
+    few = swiglu or width > 2048 or rows * width <= 1 << 22
+    return (2 if few else 4), min(triton.next_power_of_2(width), 2048), (8 if width > 4096 else 4)
 
 
-def tiling_4bit(block_g: int) -> tuple[int, int, int]:
-    """(rows of W a program takes at once, warps, programs of a multiprocessor): 16 KB of a matrix under way on each.
+class PackedTiling(NamedTuple):
+    """Rows of W that a program takes at once, its warps, and programs of a multiprocessor."""
 
-    Measured at 4,096 and 14,336 columns: `benchmarks/gpu_cuts.py`.
-    """
-    warps = max(1, min(block_g // 16, 16))
-    programs = min(2, 16 // warps)
-    return max(1, min(1024 // (block_g * programs), 8)), warps, programs
+    rows: int
+    warps: int
+    programs: int
+
+
+def packed_tiling(words: int, swiglu: bool, bits: int) -> PackedTiling:
+    """For rows of so many words. Measured at the layers of a 1B and an 8B model: `benchmarks/gpu_cuts.py`."""
+    words = triton.next_power_of_2(words)
+    if bits == 8 and swiglu:
+        share, warps, programs = 4, 16, 2
+    else:
+        warps = 4 if words <= 512 else 8 if words <= 2048 else 16
+        share, programs = 2 * bits, 16 // warps  # words that a thread holds
+    return PackedTiling(min(max(1, share * 32 * warps // words), 8), warps, programs)
