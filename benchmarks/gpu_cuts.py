@@ -120,8 +120,8 @@ def attention_prefill() -> list[dict[str, Any]]:
     found = []
     ways: list[dict[str, int]] = [
         {},
-        {"CHUNK": 64},
-        {"CHUNK": 256},
+        {"CHUNK": 32},
+        {"CHUNK": 128},
         {"WARPS": 8},
         {"WRITE_STAGES": 1},
         {"KEYS": 16},

@@ -39,7 +39,7 @@ from liger_deploy.model.lolcats import Lolcats
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
 from liger_deploy.model.window import Rope
 
-CHUNK, SUB, KEYS = 128, 16, 32  # C, S, J
+CHUNK, SUB, KEYS = 64, 16, 32  # C, S, J
 # Largest sum of decays in a sub-chunk that two factors bear: that of float32's range, and that of its last digits.
 SAFE, SAFE_EXACT = tl.constexpr(60.0), tl.constexpr(8.0)
 
