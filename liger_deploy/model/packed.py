@@ -5,7 +5,7 @@ of its range: from 0 to 255 for -128 to 127, from 0 to 15 for -8 to 7.
 8 bits: [N,D/4], and a float32 scale for each row.
 4 bits: [N,D/8], and a bfloat16 scale for each group of 32 columns of a row.
 
-Shape legend: N rows, D columns, G groups of a row.
+Shape legend: N rows, D columns, G groups of a row, W words, K numbers of a word.
 """
 
 from __future__ import annotations
@@ -60,13 +60,11 @@ def _rounded(groups_NGC: Tensor, scale_NG1: Tensor) -> tuple[Tensor, Tensor]:
 def unpack(words: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The matrix [N,D] that a Packed stands for, or some of its rows [...,D]; D is `width`."""
     bits = 4 if scale.dim() == words.dim() else 8
-    q_NWK = (words[..., None] >> torch.arange(0, 32, bits, device=words.device)) & (2**bits - 1)
-    exact_ND = (q_NWK - 2 ** (bits - 1)).float().flatten(-2)
-    if bits == 8:
-        exact_ND = exact_ND * scale[..., None]
-    else:
-        exact_ND = (exact_ND.unflatten(-1, (-1, GROUP)) * scale[..., None].float()).flatten(-2)
-    matrix_ND: Tensor = exact_ND[..., :width].to(dtype)
+    shift_K = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    scaled_NGW = words.unflatten(-1, (-1, GROUP // 8)) if bits == 4 else words  # words that share a scale
+    q_NGWK = (scaled_NGW[..., None] >> shift_K) & (2**bits - 1)
+    exact_NGWK = (q_NGWK - 2 ** (bits - 1)).float() * scale[..., None, None].float()
+    matrix_ND: Tensor = exact_NGWK.flatten(words.dim() - 1)[..., :width].to(dtype)
     return matrix_ND
 
 
