@@ -65,16 +65,12 @@ def _joined(module: GraphModule, nodes: list[Node], made: dict[str, Tensor]) -> 
 
 def pack_linears(module: GraphModule, bits: int, vocab: int, made: dict[str, Tensor]) -> None:
     """Linear layers and embeddings over packed matrices; the head and the embedding, of `vocab` rows, in 8 bits."""
-    found: dict[str, tuple[Node, Node]] = {}
     for node in list(module.graph.nodes):
         if node.target not in (LINEAR, EMBEDDING):
             continue
         matrix = node.args[node.target == LINEAR]
         value = parameter(module, matrix)
-        if matrix.target not in found:
-            own_bits = 8 if node.target == EMBEDDING or len(value) == vocab else bits
-            found[matrix.target] = _packed(module, matrix, own_bits, made)
-        packed_nodes = found[matrix.target]
+        packed_nodes = _packed(module, matrix, 8 if node.target == EMBEDDING or len(value) == vocab else bits, made)
         with module.graph.inserting_before(node):
             kind = (value.shape[1], value.dtype)
             if node.target == LINEAR:
