@@ -49,26 +49,29 @@ def arrays(of: onnx_ops.AttentionKind, tokens: int) -> dict[str, Any]:
     return {name: counts[name] if name in counts else next(floats).astype(np.float32) for name in NAMES}
 
 
-def node(of: onnx_ops.AttentionKind) -> bytes:
-    """A graph of the node, with its body."""
-    infos = [
-        helper.make_tensor_value_info(
-            name, onnx.TensorProto.INT64 if name in ("length", "valid") else onnx.TensorProto.FLOAT, None
-        )
-        for name in (*NAMES, "out", *(f"new_{name}" for name in NAMES[6:9]))
-    ]
-    inputs, outputs = infos[: len(NAMES)], infos[len(NAMES) :]
-    one = helper.make_node(of.op_type, NAMES, [x.name for x in outputs], domain=onnx_ops.DOMAIN, **of.attributes)
+def node(of: onnx_ops.AttentionKind, chunk: int | None) -> bytes:
+    """A graph of the node; with its body, for up to `chunk` tokens, or alone."""
+    state = NAMES[9 - len(of.state) : 9]
+    names = [*NAMES[:6], *state, *NAMES[9:]]
+    outputs = ["out", *(f"new_{name}" for name in state)]
+    one = helper.make_node(of.op_type, names, outputs, domain=onnx_ops.DOMAIN, **of.attributes)
+    infos = [[_info(name) for name in part] for part in (names, outputs)]
     opsets = [helper.make_opsetid(d, v) for d, v in (("", onnx_ops.OPSET), (onnx_ops.DOMAIN, 1), (onnx_ops.CONTRIB, 1))]
-    graph, body = helper.make_graph([one], "one", inputs, outputs), onnx_ops.function(of, CHUNK)
-    model: bytes = helper.make_model(graph, opset_imports=opsets, functions=[body], ir_version=10).SerializeToString()
+    functions = [] if chunk is None else [onnx_ops.function(of, chunk)]
+    graph = helper.make_graph([one], "one", *infos)
+    whole = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+    model: bytes = whole.SerializeToString()
     return model
+
+
+def _info(name: str) -> onnx.ValueInfoProto:
+    element = onnx.TensorProto.INT64 if name in ("length", "valid") else onnx.TensorProto.FLOAT
+    return helper.make_tensor_value_info(name, element, None)
 
 
 def plain(of: onnx_ops.AttentionKind, inputs: dict[str, Any]) -> bytes:
     """The same as standard operators, for this number of tokens."""
-    body = onnx_ops._Body(of).eval()
-    body.mixer.recurrence = gated_chunked
+    body = onnx_ops.Body(of, gated_chunked).eval()
     with torch.no_grad():
         program = torch.export.export(body, tuple(torch.from_numpy(x) for x in inputs.values()), strict=False)
     exported = torch.onnx.export(program, input_names=NAMES, opset_version=onnx_ops.OPSET, dynamo=True)
@@ -89,7 +92,7 @@ def session(model: bytes, fused: bool) -> ort.InferenceSession:
 def main() -> None:
     """Command line."""
     rows, of = [], kind()
-    model = node(of)
+    model = node(of, CHUNK)
     for tokens in (1, CHUNK):
         inputs = arrays(of, tokens)
         forms = {

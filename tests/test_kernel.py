@@ -15,8 +15,8 @@ from onnx import helper
 from transformers import PreTrainedModel
 
 import liger_deploy as ld
+from benchmarks.attention_op import node
 from liger_deploy import gates
-from liger_deploy.export import onnx_ops
 from liger_deploy.export.onnx_ops import AttentionKind
 from liger_deploy.model import reference
 from liger_deploy.model.ops import has_one_node
@@ -56,22 +56,10 @@ def inputs(of: AttentionKind, tokens: int, gate: float = 3) -> list[np.ndarray]:
 
 def runtime(of: AttentionKind, ops: Path | None, body: bool = True) -> ort.InferenceSession:
     """A graph of one node, with its body or (for the kernel alone) without."""
-    op = helper.make_node
-    names = ["q", "k", "v", "gate_key", "length", "valid", *(["recurrent"] if len(of.state) == 3 else []), "wk", "wv"]
-    integers = ("length", "valid")
-    typed = lambda name, out=False: helper.make_tensor_value_info(  # noqa: E731
-        name, onnx.TensorProto.INT64 if name in integers and not out else onnx.TensorProto.FLOAT, None
-    )
-    out = ["out", *(f"new_{name}" for name in names[6:])]
-    node = op(of.op_type, [*names, "cos", "sin"], out, domain="liger", **of.attributes)
-    graph = helper.make_graph([node], "one", [typed(n) for n in [*names, "cos", "sin"]], [typed(n, True) for n in out])
-    opsets = [helper.make_opsetid(d, v) for d, v in (("", 21), ("liger", 1), ("com.microsoft", 1))]
-    functions = [onnx_ops.function(of, CHUNK)] if body else []
-    model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
     options = ort.SessionOptions()
     if ops:
         options.register_custom_ops_library(str(ops))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(node(of, CHUNK if body else None), options, providers=["CPUExecutionProvider"])
 
 
 def run(

@@ -22,6 +22,7 @@ from torch.export import Dim
 from liger_deploy.config import LigerConfig
 from liger_deploy.model.mixer import Heads, LayerState, Mixer
 from liger_deploy.model.ops import attention, linear_attention
+from liger_deploy.model.recurrence import Recurrence
 
 DOMAIN, VERSION = "liger", 1
 OPSET = 21
@@ -158,16 +159,17 @@ def add_functions(model: ir.Model, bodies: list[onnx.FunctionProto]) -> None:
     model.opset_imports[CONTRIB] = 1
 
 
-class _Body(nn.Module):
-    """Inputs and outputs are those of the `liger` node."""
+class Body(nn.Module):
+    """What a `liger` node computes, around a recurrence: Microsoft's operator, or another with its signature."""
 
-    def __init__(self, kind: AttentionKind) -> None:
+    def __init__(self, kind: AttentionKind, recurrence: Recurrence = _linear_attention) -> None:
         super().__init__()
         self.kind = kind
         self.mixer = Mixer(kind.liger, kind.scaling)
-        self.mixer.recurrence = _linear_attention
+        self.mixer.recurrence = recurrence
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Inputs and outputs are those of the node."""
         packed, (length_B, valid_B), state = inputs[:4], inputs[4:6], inputs[6:-2]
         q, k, v, gate_key = (x.unflatten(2, (-1, self.kind.head_dim)) for x in packed)
         heads = Heads(q.unflatten(2, (-1, self.kind.queries)), k, v, gate_key)
@@ -178,7 +180,7 @@ class _Body(nn.Module):
 
 def function(kind: AttentionKind, chunk: int) -> onnx.FunctionProto:
     """The plain-operator body of a kind of node, for up to `chunk` tokens."""
-    body = _Body(kind).eval()
+    body = Body(kind).eval()
     rows, tokens, groups = 3, min(chunk, 7), kind.groups
     width = groups * kind.head_dim
     packed = [torch.zeros(rows, tokens, n) for n in (width * kind.queries, width, width, width)]
