@@ -209,10 +209,10 @@ def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_an_unknown_structure_is_refused() -> None:
     of = kind("gla", 16, 2, 8)
-    node = helper.make_node("Attention", list("abcdefghijk"), list("wxyz"), domain="liger", **of.attributes)
-    next(a for a in node.attribute if a.name == "structure").s = b"delta_net"
+    one = helper.make_node("Attention", list("abcdefghijk"), list("wxyz"), domain="liger", **of.attributes)
+    next(a for a in one.attribute if a.name == "structure").s = b"delta_net"
     typed = [helper.make_tensor_value_info(n, onnx.TensorProto.INT64 if n in "ef" else 1, None) for n in "abcdefghijk"]
-    graph = helper.make_graph([node], "g", typed, [helper.make_tensor_value_info(n, 1, None) for n in "wxyz"])
+    graph = helper.make_graph([one], "g", typed, [helper.make_tensor_value_info(n, 1, None) for n in "wxyz"])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid(d, 1) for d in ("liger",)], ir_version=10)
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(OPS))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from liger_deploy.errors import UserError
-from liger_deploy.model import packed
+from liger_deploy.model.packed import round_rows
 
 
 class Int8Table(nn.Module):
@@ -25,7 +25,7 @@ class Int8Table(nn.Module):
 
     def __init__(self, weight_ND: Tensor) -> None:
         super().__init__()
-        rounded_ND, scale_N = packed.in_8_bits(weight_ND)
+        rounded_ND, scale_N = round_rows(weight_ND)
         self.dtype, self.factor = weight_ND.dtype, 1.0
         self.rounded: Tensor
         self.scale: Tensor

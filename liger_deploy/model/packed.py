@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 32
+WORDS = GROUP // 8  # of a group, in 4 bits
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # tried for each group's scale: the one with the least squared error is kept
 
 
@@ -30,7 +31,7 @@ class Packed(NamedTuple):
 def pack(weight_ND: Tensor, bits: int) -> Packed:
     """Quantize a matrix to 8 or 4 bits; columns are filled up with zeros to whole words, or whole groups."""
     if bits == 8:
-        signed_ND, scale_N = in_8_bits(F.pad(weight_ND.detach(), (0, -weight_ND.shape[1] % 4)))
+        signed_ND, scale_N = round_rows(F.pad(weight_ND.detach(), (0, -weight_ND.shape[1] % 4)))
         return Packed((signed_ND.to(torch.int16) + 128).to(torch.uint8).view(torch.int32), scale_N)
     exact_ND = weight_ND.detach().float()
     groups_NGC = F.pad(exact_ND, (0, -exact_ND.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
@@ -43,8 +44,13 @@ def pack(weight_ND: Tensor, bits: int) -> Packed:
     return Packed((q_ND[:, ::2] | q_ND[:, 1::2] << 4).view(torch.int32), scale_NG1[..., 0].bfloat16())
 
 
-def in_8_bits(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [N,D] and float32 scales [N]."""
+def bits_of(words: Tensor, scale: Tensor) -> int:
+    """4, where groups have the scales, or 8, where rows have them."""
+    return 4 if scale.dim() == words.dim() else 8
+
+
+def round_rows(weight_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest int8 [N,D], and their float32 scales [N]."""
     exact_ND = weight_ND.detach().float()
     scale_N1 = (exact_ND.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
     return (exact_ND / scale_N1).round().to(torch.int8), scale_N1[:, 0]
@@ -59,9 +65,9 @@ def _rounded(groups_NGC: Tensor, scale_NG1: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack(words: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The matrix [N,D] that a Packed stands for, or some of its rows [...,D]; D is `width`."""
-    bits = 4 if scale.dim() == words.dim() else 8
+    bits = bits_of(words, scale)
     shift_K = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    scaled_NGW = words.unflatten(-1, (-1, GROUP // 8)) if bits == 4 else words  # words that share a scale
+    scaled_NGW = words.unflatten(-1, (-1, WORDS)) if bits == 4 else words  # words that share a scale
     q_NGWK = (scaled_NGW[..., None] >> shift_K) & (2**bits - 1)
     exact_NGWK = (q_NGWK - 2 ** (bits - 1)).float() * scale[..., None, None].float()
     matrix_ND: Tensor = exact_NGWK.flatten(words.dim() - 1)[..., :width].to(dtype)

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from liger_deploy.model.kernels import launcher, overlaps, predecessor_done, start_followers
-
-WORDS = 4  # of a group, J: what a thread loads at once
+from liger_deploy.model.packed import WORDS, bits_of
 
 
 @triton.jit
@@ -222,7 +221,7 @@ def linear_step(
     others = (x if tensor is None else tensor for tensor in (norm_D, residual))
     rest = {"NORM": norm_D is not None, "SWIGLU": swiglu, "RESIDUAL": residual is not None, "OVERLAP": overlaps()}
     if scale is not None:
-        bits, words = (4 if scale.dim() == 2 else 8), weight.shape[1]
+        bits, words = bits_of(weight, scale), weight.shape[1]
         tile = packed_tiling(words, swiglu, bits)
         grid = min(triton.cdiv(rows, tile.rows), tile.programs * _multiprocessors(x))
         launcher(_linear_step_packed, x)[(grid,)](
