@@ -222,7 +222,7 @@ def _heads(wide: Tensor, groups: int, queries: int, dim: int) -> Heads:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize(("rows", "width"), [(20, 48), (13, 48), (7, 3001), (33, 2048), (9, 5000)])
+@pytest.mark.parametrize(("rows", "width"), [(20, 48), (13, 48), (7, 96), (7, 3001), (33, 2048), (9, 5000)])
 @pytest.mark.parametrize(("norm", "swiglu", "residual"), [(1, 0, 0), (0, 1, 1), (1, 1, 0), (0, 0, 1), (1, 0, 1)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_linear_step(

@@ -5,7 +5,8 @@
 
 At one token a layer is a stream of its weights, in the model's dtype or packed in 8 or 4 bits (`packed.py`). One
 program takes BN rows of W and all of their D columns; their loads are issued first, so that they are under way while
-the norm is computed. Of a packed W it goes on to other rows, as its inputs cost as much as theirs.
+the norm is computed. Of a packed W it goes on to other rows, as its inputs cost as much as theirs, and asks for them
+one turn ahead.
 
 Shape legend: D input width, N output width; of a packed row G groups of J words, S numbers of a group.
 """
@@ -140,8 +141,60 @@ def _by_number(x_GS, G: tl.constexpr, J: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _product(words_NGJ, scale, inputs, offset_GJ, BITS: tl.constexpr):
-    """Sums over the columns [BN], of inputs as `_linear_step_packed` scales them.
+def _of_words(ptr, at_GJ, COUNT: tl.constexpr):
+    """The COUNT 16-bit values from each place on, float32 [G,J] each: what goes with the words of a row.
+
+    A thread loads the values of its own words. `tl.load` would share them out among threads in a way of its own, and
+    each number then goes through shared memory and two barriers (`_by_number`): a microsecond.
+    """
+    address_GJ, values = (ptr + at_GJ).to(tl.int64, bitcast=True), ()
+    if COUNT == 8:
+        four: tl.constexpr = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+        kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+        pairs = tl.inline_asm_elementwise(four, "=r,=r,=r,=r,l", [address_GJ], dtype=kinds, is_pure=True, pack=1)
+    else:
+        two: tl.constexpr = "ld.global.v2.b32 {$0, $1}, [$2];"
+        pairs = tl.inline_asm_elementwise(two, "=r,=r,l", [address_GJ], (tl.int32, tl.int32), is_pure=True, pack=1)
+    for i in tl.static_range(COUNT // 2):
+        for half in tl.static_range(2):
+            value = (pairs[i] >> (16 * half)).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+            values = values + (value.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return values
+
+
+@triton.jit
+def _ask(ptr, row, rows, BYTES: tl.constexpr):
+    """Have the second-level cache load so many rows of so many bytes, where there are any; one thread asks.
+
+    Returns 0, to be added to what must not be dropped.
+    """
+    text: tl.constexpr = """{
+        .reg .pred asks;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 asks, thread, 0;
+        setp.gt.and.s32 asks, $2, 0, asks;
+        @asks cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+    }"""
+    address = (ptr.to(tl.int64, bitcast=True) + row.to(tl.int64) * BYTES) & -16
+    size = (rows * BYTES + 15) // 16 * 16
+    return tl.inline_asm_elementwise(text, "=r,l,r", [address, size], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _ask_tile(words_ptr, scale_ptr, n, N, BN: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
+    """`_ask` for words and scales of rows n to n + BN - 1 of N."""
+    rows = tl.minimum(N - n, BN)
+    asked = _ask(words_ptr, n, rows, 4 * W)
+    if BITS == 4:
+        asked += _ask(scale_ptr, n, rows, G * scale_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    return asked
+
+
+@triton.jit
+def _sums(words_NGJ, scale, inputs, offset_GJ, BITS: tl.constexpr):
+    """Each group's part of a row's product [BN,BG] over 2**69, of inputs as `_linear_step_packed` scales them.
 
     A number's bits, left in place in the lower half of a word, are a float32 that need not be converted: q 2^(p - 149),
     p the place of its lowest bit.
@@ -154,9 +207,9 @@ def _product(words_NGJ, scale, inputs, offset_GJ, BITS: tl.constexpr):
         number_NGJ = words_NGJ & ((2**BITS - 1) * 2 ** (k * BITS % 16))
         sum_NGJ = sum_NGJ + number_NGJ.to(tl.float32, bitcast=True) * inputs[k][None, :, :]
     if BITS == 4:
-        return tl.sum(tl.sum(sum_NGJ, 2) * scale.to(tl.float32), 1) * 2.0**69
+        return tl.sum(sum_NGJ, 2) * scale.to(tl.float32)
     else:
-        return tl.sum(tl.sum(sum_NGJ, 2), 1) * scale * 2.0**69
+        return tl.sum(sum_NGJ, 2) * scale[:, None]
 
 
 @triton.jit
@@ -171,34 +224,63 @@ def _linear_step_packed(
     S: tl.constexpr = COUNT * J
     G: tl.constexpr = (W + J - 1) // J
     H: tl.constexpr = 2 * N if SWIGLU else N
-    n_N, g_G, zero = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG), 0
+    OWN: tl.constexpr = OVERLAP and D == G * S and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    first, stride, g_G, zero = tl.program_id(0) * BN, tl.num_programs(0) * BN, tl.arange(0, BG), 0
     if OVERLAP:
         zero = start_followers()
-        n_N += zero
+        first += zero
+    n_N = first + tl.arange(0, BN)
     words_NGJ, scale = _words(words_ptr, scale_ptr, n_N, g_G, zero, N, W, G, J, BITS)
     if SWIGLU:
         up_NGJ, up_scale = _words(words_ptr, scale_ptr, n_N + N, g_G, zero, H, W, G, J, BITS)
     if OVERLAP:
+        first += _ask_tile(words_ptr, scale_ptr, first + stride, N, BN, W, G, BITS)
+        if SWIGLU:
+            first += _ask_tile(words_ptr, scale_ptr, first + stride + N, H, BN, W, G, BITS)
+    at_GJ = tl.minimum(g_G, G - 1)[:, None] * S + COUNT * tl.arange(0, J)[None, :]
+    if OWN and NORM:
+        norms = _of_words(norm_ptr, at_GJ, COUNT)
+    if OVERLAP:
         done = predecessor_done()
         x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
-    x_GS, squares_GS = _input(x_ptr, norm_ptr, g_G[:, None] * S + tl.arange(0, S)[None, :], D, NORM)
-    squares, by_number = tl.sum(squares_GS), _by_number(x_GS, BG, J, COUNT)
+    if OWN:
+        values, by_number, squares_GJ = _of_words(x_ptr, at_GJ, COUNT), (), tl.zeros([BG, J], tl.float32)
+        for k in tl.static_range(COUNT):
+            x_GJ = tl.where((g_G < G)[:, None], values[k], 0.0)
+            if NORM:
+                squares_GJ += x_GJ * x_GJ
+                x_GJ *= norms[k]
+            by_number = by_number + (x_GJ,)  # type: ignore[assignment]  # noqa: RUF005
+        # Words times zero: the compiler lays the sum out as the words, or it would load the inputs a second time.
+        squares_NGJ = squares_GJ[None, :, :] + (words_NGJ & 1).to(tl.float32) * 0.0
+        squares = tl.sum(tl.sum(squares_NGJ, 2), 1)
+    else:
+        x_GS, squares_GS = _input(x_ptr, norm_ptr, g_G[:, None] * S + tl.arange(0, S)[None, :], D, NORM)
+        squares, by_number = tl.sum(squares_GS), _by_number(x_GS, BG, J, COUNT)
     inputs, offset_GJ = (), tl.zeros([BG, J], tl.float32)
     for k in tl.static_range(COUNT):
         offset_GJ += by_number[k] * 2.0 ** (BITS - 70)  # half of the numbers' range
         inputs = inputs + (by_number[k] * 2.0 ** (80 - k * BITS % 16),)  # type: ignore[assignment]  # noqa: RUF005
-    for _ in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
-        ahead_N = n_N + BN * tl.num_programs(0)
-        residual_N, up_N = _residual(residual_ptr, n_N, N, RESIDUAL), 0.0
+    for n in range(first, N, stride):
+        ahead = n + stride
+        if OVERLAP:
+            ahead += _ask_tile(words_ptr, scale_ptr, ahead + stride, N, BN, W, G, BITS)
+            if SWIGLU:
+                ahead += _ask_tile(words_ptr, scale_ptr, ahead + stride + N, H, BN, W, G, BITS)
+        n_N, ahead_N = n + tl.arange(0, BN), ahead + tl.arange(0, BN)
+        residual_N = _residual(residual_ptr, n_N, N, RESIDUAL)
         next_NGJ, next_scale = _words(words_ptr, scale_ptr, ahead_N, g_G, zero, N, W, G, J, BITS)
         if SWIGLU:
             next_up_NGJ, next_up_scale = _words(words_ptr, scale_ptr, ahead_N + N, g_G, zero, H, W, G, J, BITS)
-        y_N = _product(words_NGJ, scale, inputs, offset_GJ, BITS)
+        sum_NG = _sums(words_NGJ, scale, inputs, offset_GJ, BITS)
         if SWIGLU:
-            up_N = _product(up_NGJ, up_scale, inputs, offset_GJ, BITS)
+            both_NG2 = tl.join(sum_NG, _sums(up_NGJ, up_scale, inputs, offset_GJ, BITS))
+            y_N, up_N = tl.split(tl.sum(both_NG2, 1) * 2.0**69)  # one way through shared memory for both
             up_NGJ, up_scale = next_up_NGJ, next_up_scale
+        else:
+            y_N, up_N = tl.sum(sum_NG, 1) * 2.0**69, 0.0
         _store(y_N, up_N, squares, residual_N, out_ptr, n_N, eps, N, D, NORM, SWIGLU, RESIDUAL)
-        n_N, words_NGJ, scale = ahead_N, next_NGJ, next_scale
+        words_NGJ, scale = next_NGJ, next_scale
 
 
 @triton_op("liger::linear_step", mutates_args=())
@@ -255,12 +337,22 @@ class PackedTiling(NamedTuple):
     programs: int
 
 
+# By bits, words of a row and SwiGLU; the layers of a 1B and an 8B model, measured: `benchmarks/gpu_cuts.py`.
+_PACKED_TILINGS = {
+    (4, 256, False): PackedTiling(4, 4, 2),
+    (4, 256, True): PackedTiling(4, 4, 3),
+    (4, 512, True): PackedTiling(2, 4, 3),
+    (8, 512, False): PackedTiling(4, 4, 2),
+    (8, 512, True): PackedTiling(2, 4, 5),
+    (8, 1024, False): PackedTiling(2, 8, 3),
+    (8, 2048, False): PackedTiling(1, 8, 4),
+    (8, 4096, False): PackedTiling(1, 16, 2),
+}
+
+
 def packed_tiling(words: int, swiglu: bool, bits: int) -> PackedTiling:
-    """For rows of so many words. Measured at the layers of a 1B and an 8B model: `benchmarks/gpu_cuts.py`."""
+    """For rows of so many words: as measured, else 8 words a thread and 16 warps a multiprocessor."""
     words = triton.next_power_of_2(words)
-    if bits == 8 and swiglu:
-        share, warps, programs = 4, 16, 2
-    else:
-        warps = 4 if words <= 512 else 8 if words <= 2048 else 16
-        share, programs = 2 * bits, 16 // warps  # words that a thread holds
-    return PackedTiling(min(max(1, share * 32 * warps // words), 8), warps, programs)
+    warps = 4 if words <= 512 else 8 if words <= 2048 else 16
+    rule = PackedTiling(min(max(1, 8 * 32 * warps // words), 8), warps, 16 // warps)
+    return _PACKED_TILINGS.get((bits, words, swiglu), rule)
