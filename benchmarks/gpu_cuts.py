@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_cuts KERNEL [--shape 1b|8b] [--bits 16|8|4] [--out FILE]
 
 linear_step: each layer of the shape, its matrices in 16, 8 or 4 bits.
-attention_step: one 8B layer, batch 64 and 256.
+attention_step: one 8B layer, batch 16, 64 and 256.
 attention_prefill: one 8B layer, 2k and 32k tokens.
 attention_sequence: one layer of both shapes, forward and backward, 8,192 tokens.
 """
@@ -94,19 +94,20 @@ def _products(
 
 
 def attention_step() -> list[dict[str, Any]]:
-    """`attention_step` at batch 64 and 256, each way to cut it; the best five of each."""
+    """`attention_step` at batch 16, 64 and 256, each way to cut it; the best five of each."""
     from liger_deploy.model.kernels import attention_step as module
+    from liger_deploy.model.kernels.attention_step_many import Many
 
     found, kept = [], module.tiling
-    cuts = ((32, 4, 2), (32, 4, 4), (64, 2, 4), (16, 8, 1), (16, 8, 2))
-    ways = [module.Tiling(v, b, 32, warps, False, stages) for v, b, warps in cuts for stages in (1, 2, 3)]
-    for batch, dtype in itertools.product((256, 64, 16), (torch.float32,)):
+    cuts = ((128, 16, 1), (128, 8, 1), (64, 32, 1), (64, 64, 2), (128, 32, 2), (128, 64, 4))
+    ways = [Many(*cut, stages) for cut in cuts for stages in (1, 3)] + [64, 128]
+    for batch, dtype in itertools.product((256, 64, 16), (torch.float32, torch.bfloat16)):
         timed = []
         for way in ways:
             module.tiling = functools.partial(_always, way)  # type: ignore[assignment]
             if result := _unless_too_large(attention_time, module.attention_step, batch, dtype):
                 timed.append((result[0] * 1e3, result[1] / result[0] / 1e6, way))
-        for us, gb_s, way in sorted(timed)[:5]:
+        for us, gb_s, way in sorted(timed, key=lambda one: one[0])[:5]:
             found.append({"batch": batch, "state": str(dtype), "us": us, "gb_s": gb_s, "tiling": way})
             print(found[-1], flush=True)
     module.tiling = kept

@@ -45,7 +45,14 @@ def _table(window: int, rotary: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("strength", "dtype", "heads"),
-    [(1.0, torch.float32, 0), (60.0, torch.float32, 0), (1.0, HALF, 0), (1.0, torch.float32, 128), (1.0, HALF, 256)],
+    [
+        (1.0, torch.float32, 0),
+        (60.0, torch.float32, 0),
+        (1.0, HALF, 0),
+        (1.0, torch.float32, 128),
+        (1.0, HALF, 512),
+        (60.0, torch.float32, 1024),
+    ],
 )
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -301,6 +308,7 @@ from liger_deploy.model.kernels.attention_prefill import (
 )
 from liger_deploy.model.kernels.attention_sequence import SUB, attention_sequence
 from liger_deploy.model.kernels.attention_step import _attention_step
+from liger_deploy.model.kernels.attention_step_many import _attention_step_many
 from liger_deploy.model.kernels.linear_step import _linear_step, _linear_step_packed
 
 def half(*shape):
@@ -318,7 +326,7 @@ attention = dict(
     ring_k_ptr=ring, ring_v_ptr=ring.clone(), cos_ptr=state, sin_ptr=state, out_ptr=heads, q_row=32, k_row=32, v_row=32,
     gate_row=32, normalizer=16.0, lower_bound=0.0, recurrent_weight=0.5, window_weight=0.5, scale=0.25, G=2, R=1, K=16,
     V=16, W=16, ROTARY=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, BR=16, BK=16, BV=16, BW=16, BH=16,
-    BREST=16, BQ=1, BLOCKS=1, TOGETHER=True, STAGES=1, OVERLAP=True,
+    BREST=16, BQ=1, BC=16, BJ=16, STAGES=1, OVERLAP=True,
 )
 strides = {f"{name}_{part}": 32 for name in "qkv" for part in ("batch", "row")} | dict(gate_batch=32, gate_row=32)
 shape = dict(K=16, V=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, C=64, BK=16, BV=16, G=2, N=1)
@@ -335,8 +343,8 @@ def taken(kernel):
     return {name: whole[name] for name in kernel.arg_names}
 
 prefill = [(kernel, taken(kernel)) for kernel in (_prefill_write, _prefill_scan, _prefill_read, _prefill_keep)]
-many = dict(attention, V=32, BLOCKS=2, TOGETHER=False, STAGES=3)
-steps = ((_linear_step, linear), (_linear_step_packed, packed), (_attention_step, attention), (_attention_step, many))
+steps = [(_linear_step, linear), (_linear_step_packed, packed)]
+steps += [(kernel, attention) for kernel in (_attention_step, _attention_step_many)]
 for kernel, arguments in (*steps, *prefill):
     arguments = {name: arguments[name] for name in kernel.arg_names}
     if hasattr(wrap, "identify_accessed_tensors"):

@@ -28,7 +28,7 @@ from torch.library import triton_op
 
 from liger_deploy.gates import STRUCTURES
 from liger_deploy.model.kernels import launcher
-from liger_deploy.model.kernels.attention_step import (
+from liger_deploy.model.kernels.attention_parts import (
     _GATES,
     _block,
     _dot,

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liger_deploy.config import LigerConfig
-from liger_deploy.model.kernels.attention_step import _block, _dot, _phi
+from liger_deploy.model.kernels.attention_parts import _block, _dot, _phi
 from liger_deploy.model.kernels.sequence_recurrence import (
     _bears,
     _collect,

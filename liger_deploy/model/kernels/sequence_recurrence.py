@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from liger_deploy.model.kernels.attention_parts import _dot, _phi
 from liger_deploy.model.kernels.attention_prefill import SAFE, SAFE_EXACT, _sums
-from liger_deploy.model.kernels.attention_step import _dot, _phi
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from liger_deploy.model.kernels.attention_step import _dot
+from liger_deploy.model.kernels.attention_parts import _dot
 
 
 @triton.jit
