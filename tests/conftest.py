@@ -25,6 +25,7 @@ from liger_deploy.export import EMBEDDED
 TINY_BASE = EMBEDDED.parent / "base"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one slowly made bundle run in one worker, which makes it once."""
     for item in items:
