@@ -1,4 +1,7 @@
-"""Triton kernels, one file an op. They run on CUDA, and on a CPU under TRITON_INTERPRET=1."""
+"""Triton kernels, one file an op; `attention_step` has a second one, for many heads.
+
+They run on CUDA, and on a CPU under TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 

@@ -224,7 +224,8 @@ def _linear_step_packed(
     S: tl.constexpr = COUNT * J
     G: tl.constexpr = (W + J - 1) // J
     H: tl.constexpr = 2 * N if SWIGLU else N
-    OWN: tl.constexpr = OVERLAP and D == G * S and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    SIXTEEN: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16 and norm_ptr.dtype == x_ptr.dtype
+    OWN: tl.constexpr = OVERLAP and SIXTEEN and D == G * S
     first, stride, g_G, zero = tl.program_id(0) * BN, tl.num_programs(0) * BN, tl.arange(0, BG), 0
     if OVERLAP:
         zero = start_followers()
