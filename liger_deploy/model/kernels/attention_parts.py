@@ -75,6 +75,33 @@ def _load(at, inside, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _save(at, value, inside, WHOLE: tl.constexpr):
+    """`_load`'s counterpart, rounded to what the tensor holds."""
+    if WHOLE:
+        tl.store(at, value.to(at.dtype.element_ty))
+    else:
+        tl.store(at, value.to(at.dtype.element_ty), inside)
+
+
+@triton.jit
+def _floats(normalizer, lower_bound, recurrent_weight, window_weight, scale):
+    """An op's numbers in float32: Inductor hands them over as float64."""
+    normalizer, lower_bound = tl.cast(normalizer, tl.float32), tl.cast(lower_bound, tl.float32)
+    recurrent_weight, window_weight = tl.cast(recurrent_weight, tl.float32), tl.cast(window_weight, tl.float32)
+    return normalizer, lower_bound, recurrent_weight, window_weight, tl.cast(scale, tl.float32)
+
+
+@triton.jit
+def _turned_alike(cos_1, sin_1, c_C, ROTARY: tl.constexpr):
+    """What RoPE makes of each channel's product where key and query are turned alike: 1, or the square of YaRN's."""
+    factor_C = tl.where(c_C < ROTARY, 0.0, 1.0)
+    if ROTARY > 0:
+        cos_C, sin_C = tl.load(cos_1 + c_C, c_C < ROTARY, 0.0), tl.load(sin_1 + c_C, c_C < ROTARY, 0.0)
+        factor_C += cos_C * cos_C + sin_C * sin_C
+    return factor_C
+
+
+@triton.jit
 def _turned(row_X1, cos_X1, sin_X1, h_H, ROTARY: tl.constexpr, BH: tl.constexpr):
     """Rows of keys or queries after RoPE, each half of their rotary channels: [X,H] twice, float32."""
     half: tl.constexpr = ROTARY // 2

@@ -29,10 +29,13 @@ from liger_deploy.model.kernels.attention_parts import (
     _NO_RECURRENCE,
     _block,
     _dot,
+    _floats,
     _load,
     _log_decay,
     _phi,
+    _save,
     _turned,
+    _turned_alike,
 )
 from liger_deploy.model.kernels.attention_step_many import Many, _attention_step_many
 from liger_deploy.model.lolcats import Lolcats
@@ -62,10 +65,9 @@ def _attention_step(
     c_V = tl.program_id(1) * BV + tl.arange(0, BV)
     in_V = c_V < V
     in_CV = in_C[:, None] & in_V[None, :]
-    # Inductor hands numbers over as float64.
-    normalizer, lower_bound = tl.cast(normalizer, tl.float32), tl.cast(lower_bound, tl.float32)
-    recurrent_weight, window_weight = tl.cast(recurrent_weight, tl.float32), tl.cast(window_weight, tl.float32)
-    scale = tl.cast(scale, tl.float32)
+    normalizer, lower_bound, recurrent_weight, window_weight, scale = _floats(
+        normalizer, lower_bound, recurrent_weight, window_weight, scale
+    )
     if OVERLAP:
         head += start_followers()
 
@@ -78,12 +80,9 @@ def _attention_step(
     is_new_W, seen_W = j_W == slot, (j_W < W) & (distance_W <= length)
     ring_k_W1 = ring_k_ptr + (head * W + at_W)[:, None] * K
     place_W1 = (W - distance_W)[:, None] * ROTARY
-    factor_C = tl.where(c_C < ROTARY, 0.0, 1.0)  # what RoPE makes of a product of channels turned alike: 1, or YaRN's
     if ROTARY > 0:
         key_a_WH, key_b_WH = _turned(ring_k_W1, cos_ptr + place_W1, sin_ptr + place_W1, h_H, ROTARY, BH)
-        cos_C = tl.load(cos_ptr + W * ROTARY + c_C, c_C < ROTARY, 0.0)
-        sin_C = tl.load(sin_ptr + W * ROTARY + c_C, c_C < ROTARY, 0.0)
-        factor_C += cos_C * cos_C + sin_C * sin_C
+    factor_C = _turned_alike(cos_ptr + W * ROTARY, sin_ptr + W * ROTARY, c_C, ROTARY)
     if ROTARY < K:
         rest_WC = _load(ring_k_W1 + rest_C[None, :], (rest_C < K)[None, :], K - ROTARY == BREST)
     ring_v_WV = ring_v_ptr + (head * W + at_W)[:, None] * V + c_V[None, :]
@@ -139,10 +138,7 @@ def _attention_step(
             write_C = tl.sum(_phi(k_C.to(tl.float32)[None, :], in_C[None, :], SOFTMAX), 0)
         write_C = tl.where(in_C, write_C, 0.0)
         s_CV = s_CV * alpha_C[:, None] + write_C[:, None] * v_V.to(tl.float32)[None, :]
-        if WHOLE:
-            tl.store(state_CV, s_CV.to(state_ptr.dtype.element_ty))
-        else:
-            tl.store(state_CV, s_CV.to(state_ptr.dtype.element_ty), in_CV)
+        _save(state_CV, s_CV, in_CV, WHOLE)
         q_QC = _phi(q_QC, in_C[None, :], SOFTMAX) * recurrent_weight
         out_QV += tl.sum(q_QC[:, :, None] * s_CV[None, :, :], 1)
     tl.store(out_ptr + (head * R + r_Q[:, None]) * V + c_V[None, :], out_QV.to(kind), in_Q[:, None] & in_V[None, :])

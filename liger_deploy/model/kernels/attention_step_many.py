@@ -1,7 +1,8 @@
-"""`liger::attention_step` for many heads: one warp takes a KV head of one row, or BV of its values, from end to end.
+"""`liger::attention_step` for many heads: one warp, or two, take a KV head of one row, or BV of its values, end to end.
 
 A warp alone waits for no other: what it sums stays in its registers, and while it computes, other warps' loads are
-under way. The window is read in blocks of keys with a running softmax, the state in blocks of whole rows.
+under way; two serve where heads are too few to fill a GPU. The window is read in blocks of keys with a running softmax,
+the state in blocks of whole rows.
 
 Shape legend as in `attention_step.py`; J keys of the window at once, C channels (rows of the state) at once.
 """
@@ -14,7 +15,16 @@ import triton
 import triton.language as tl
 
 from liger_deploy.model.kernels import predecessor_done, start_followers
-from liger_deploy.model.kernels.attention_parts import _NO_RECURRENCE, _dot, _load, _log_decay, _turned
+from liger_deploy.model.kernels.attention_parts import (
+    _NO_RECURRENCE,
+    _dot,
+    _floats,
+    _load,
+    _log_decay,
+    _save,
+    _turned,
+    _turned_alike,
+)
 
 
 class Many(NamedTuple):
@@ -47,10 +57,9 @@ def _attention_step_many(
     h_H, rest_C = tl.arange(0, BH), ROTARY + tl.arange(0, BREST)
     c_V = tl.program_id(1) * BV + tl.arange(0, BV)
     in_V = c_V < V
-    # Inductor hands numbers over as float64.
-    normalizer, lower_bound = tl.cast(normalizer, tl.float32), tl.cast(lower_bound, tl.float32)
-    recurrent_weight, window_weight = tl.cast(recurrent_weight, tl.float32), tl.cast(window_weight, tl.float32)
-    scale = tl.cast(scale, tl.float32)
+    normalizer, lower_bound, recurrent_weight, window_weight, scale = _floats(
+        normalizer, lower_bound, recurrent_weight, window_weight, scale
+    )
     if OVERLAP:
         head += start_followers()
     length = tl.load(length_ptr + row)
@@ -67,11 +76,8 @@ def _attention_step_many(
     v_V = _load(new_v_ptr + c_V, in_V, VALUES)
 
     # The window: the new token, whose key is turned as the queries are, begins the softmax; then the keys before it.
-    factor_K = tl.where(k_K < ROTARY, 0.0, 1.0)  # what RoPE makes of a product of channels turned alike: 1, or YaRN's
+    factor_K = _turned_alike(cos_ptr + W * ROTARY, sin_ptr + W * ROTARY, k_K, ROTARY)
     if ROTARY > 0:
-        cos_K = tl.load(cos_ptr + W * ROTARY + k_K, k_K < ROTARY, 0.0)
-        sin_K = tl.load(sin_ptr + W * ROTARY + k_K, k_K < ROTARY, 0.0)
-        factor_K += cos_K * cos_K + sin_K * sin_K
         qa_RH, qb_RH = _turned(query_R1, cos_ptr + W * ROTARY, sin_ptr + W * ROTARY, h_H, ROTARY, BH)
     if ROTARY < K:
         q_rest_RC = _load(query_R1 + rest_C[None, :], (rest_C < K)[None, :], K - ROTARY == BREST)
@@ -145,10 +151,7 @@ def _attention_step_many(
                     write_1C = tl.exp(write_1C - key_max) / key_sum
             alpha_C, write_C = tl.sum(alpha_1C, 0), tl.sum(tl.where(in_1C, write_1C, 0.0), 0)
             s_CV = s_CV * alpha_C[:, None] + write_C[:, None] * v_V[None, :]
-            if WHOLE:
-                tl.store(state_CV, s_CV.to(state_ptr.dtype.element_ty))
-            else:
-                tl.store(state_CV, s_CV.to(state_ptr.dtype.element_ty), in_CV)
+            _save(state_CV, s_CV, in_CV, WHOLE)
             sums = ()
             for r in tl.static_range(R):
                 q_1C = tl.load(query_1 + r * K + c_1C, in_1C, 0.0).to(tl.float32)

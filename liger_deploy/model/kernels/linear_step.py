@@ -183,12 +183,16 @@ def _ask(ptr, row, rows, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _ask_tile(words_ptr, scale_ptr, n, N, BN: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr):
-    """`_ask` for words and scales of rows n to n + BN - 1 of N."""
-    rows = tl.minimum(N - n, BN)
-    asked = _ask(words_ptr, n, rows, 4 * W)
-    if BITS == 4:
-        asked += _ask(scale_ptr, n, rows, G * scale_ptr.dtype.element_ty.primitive_bitwidth // 8)
+def _ask_tile(
+    words_ptr, scale_ptr, n, N,
+    BN: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, SWIGLU: tl.constexpr,
+):  # fmt: skip
+    """`_ask` for words and scales of rows n to n + BN - 1 of N, and of the N up rows after them."""
+    rows, asked = tl.minimum(N - n, BN), 0
+    for half in tl.static_range(2 if SWIGLU else 1):
+        asked += _ask(words_ptr, n + half * N, rows, 4 * W)
+        if BITS == 4:
+            asked += _ask(scale_ptr, n + half * N, rows, G * scale_ptr.dtype.element_ty.primitive_bitwidth // 8)
     return asked
 
 
@@ -235,12 +239,11 @@ def _linear_step_packed(
     if SWIGLU:
         up_NGJ, up_scale = _words(words_ptr, scale_ptr, n_N + N, g_G, zero, H, W, G, J, BITS)
     if OVERLAP:
-        first += _ask_tile(words_ptr, scale_ptr, first + stride, N, BN, W, G, BITS)
-        if SWIGLU:
-            first += _ask_tile(words_ptr, scale_ptr, first + stride + N, H, BN, W, G, BITS)
-    at_GJ = tl.minimum(g_G, G - 1)[:, None] * S + COUNT * tl.arange(0, J)[None, :]
-    if OWN and NORM:
-        norms = _of_words(norm_ptr, at_GJ, COUNT)
+        first += _ask_tile(words_ptr, scale_ptr, first + stride, N, BN, W, G, BITS, SWIGLU)
+    if OWN:
+        at_GJ = tl.minimum(g_G, G - 1)[:, None] * S + COUNT * tl.arange(0, J)[None, :]
+        if NORM:
+            norms = _of_words(norm_ptr, at_GJ, COUNT)
     if OVERLAP:
         done = predecessor_done()
         x_ptr, residual_ptr = x_ptr + done, residual_ptr + done
@@ -265,9 +268,7 @@ def _linear_step_packed(
     for n in range(first, N, stride):
         ahead = n + stride
         if OVERLAP:
-            ahead += _ask_tile(words_ptr, scale_ptr, ahead + stride, N, BN, W, G, BITS)
-            if SWIGLU:
-                ahead += _ask_tile(words_ptr, scale_ptr, ahead + stride + N, H, BN, W, G, BITS)
+            ahead += _ask_tile(words_ptr, scale_ptr, ahead + stride, N, BN, W, G, BITS, SWIGLU)
         n_N, ahead_N = n + tl.arange(0, BN), ahead + tl.arange(0, BN)
         residual_N = _residual(residual_ptr, n_N, N, RESIDUAL)
         next_NGJ, next_scale = _words(words_ptr, scale_ptr, ahead_N, g_G, zero, N, W, G, J, BITS)
