@@ -94,7 +94,7 @@ def test_our_operator_in_a_program(tmp_path: Path) -> None:
 
 def test_weights_beside_a_program(tmp_path: Path) -> None:
     """`--external-weights`: a small program, and the file of another one serves it as well."""
-    model, made = liger(small_llama(), window=6), {}
+    model, made = liger(small_llama(num_hidden_layers=1), window=6), {}
     for chunk in (8, 12):
         options = ld.ExportOptions(external_weights=True, chunk=chunk)
         made[chunk] = ld.export_bundle(model, "executorch", tmp_path / str(chunk), options).path
