@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import liger_deploy as ld
 from liger_deploy.bundle import Bundle, Manifest
 from liger_deploy.export import EMBEDDED, inductor
-from liger_deploy.export.linears import in_8_bits, of_one_row
+from liger_deploy.export.linears import as_products, in_8_bits
 from liger_deploy.export.rewrites import merge_linears, pack_linears, step_linears
 from liger_deploy.runtimes import inductor as runtime
 from liger_deploy.text import Text
@@ -66,11 +66,29 @@ def test_products_of_one_row_are_those_of_matrices(name: str) -> None:
     """A traced step with every linear layer as sums of products, on random states."""
     model = liger(family(name), window=6)
     expected = inductor._trace(model, 1, 0, set())
-    with of_one_row(model):
+    with as_products(model):
         ours = inductor._trace(model, 1, 0, set())
-    left = ours.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    assert len(left) == (2 if "moe" in name else 0)  # routers
+    for target in (torch.ops.aten.linear.default, torch.ops.mkldnn._linear_pointwise.default):
+        left = ours.module.graph.find_nodes(op="call_function", target=target)
+        assert len(left) == (2 if "moe" in name and target is torch.ops.aten.linear.default else 0)  # routers
     assert all("forward" not in module.__dict__ for module in model.modules())
+    torch.manual_seed(1)
+    random = [torch.randn_like(x) if x.is_floating_point() else torch.full_like(x, 7) for x in expected.arguments]
+    assert relative(ours.module(*(x.clone() for x in random)), expected.module(*random)) < MODEL
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("batch", "chunk"), [(1, 12), (0, 12), (0, 0)])
+def test_products_of_many_rows_are_those_of_matrices(name: str, batch: int, chunk: int) -> None:
+    """oneDNN's, in prefill graphs and in steps of any number of rows."""
+    model = liger(family(name), window=6)
+    expected = inductor._trace(model, batch, chunk, set())
+    with as_products(model):
+        ours = inductor._trace(model, batch, chunk, set())
+    product = torch.ops.mkldnn._linear_pointwise.default
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    found = len(ours.module.graph.find_nodes(op="call_function", target=product))
+    assert found == linears - (batch == 1)  # there the head reads the last position alone
     torch.manual_seed(1)
     random = [torch.randn_like(x) if x.is_floating_point() else torch.full_like(x, 7) for x in expected.arguments]
     assert relative(ours.module(*(x.clone() for x in random)), expected.module(*random)) < MODEL

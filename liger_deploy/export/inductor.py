@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from liger_deploy.bundle import GraphInfo
 from liger_deploy.errors import UserError
 from liger_deploy.export.graph import dense_experts, quiet
-from liger_deploy.export.linears import check_reach, in_8_bits, of_one_row
+from liger_deploy.export.linears import as_products, check_reach, in_8_bits
 from liger_deploy.export.rewrites import merge_linears, pack_linears, step_linears
 from liger_deploy.export.targets import ExportOptions
 from liger_deploy.model.attention import LigerAttention
@@ -38,7 +38,7 @@ from liger_deploy.model.describe import describe
 from liger_deploy.model.step import PrefillModel, StepModel
 
 MODEL, WEIGHTS = "model.pt2", "model.safetensors"
-CHUNK = {"cpu": 64, "cuda": 512}  # default tokens of one prefill call
+CHUNK = {"cpu": 128, "cuda": 512}  # default tokens of one prefill call
 _MARCH = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}  # instead of "native": the package moves between processors
 
 
@@ -74,9 +74,8 @@ def lower(model: PreTrainedModel, directory: Path, options: ExportOptions) -> Gr
         model = model if gpu else in_8_bits(model)
     rings = _ring_layers(model) if gpu else set()
     with quiet():
-        with of_one_row(model) if batch == 1 and not gpu else contextlib.nullcontext():
-            graphs = {"decode": _trace(model, batch, 0, rings)}
-        graphs["prefill"] = _trace(model, batch, chunk, rings)
+        with contextlib.nullcontext() if gpu else as_products(model):
+            graphs = {"decode": _trace(model, batch, 0, rings), "prefill": _trace(model, batch, chunk, rings)}
         if gpu:
             made: dict[str, Tensor] = {}
             for graph in graphs.values():
