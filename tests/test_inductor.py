@@ -63,18 +63,10 @@ def test_rewrites_are_exact(name: str, chunk: int) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_products_of_one_row_are_those_of_matrices(name: str) -> None:
-    """A traced step with every linear layer as sums of products, on random states."""
-    model = liger(family(name), window=6)
-    expected = inductor._trace(model, 1, 0, set())
-    with as_products(model):
-        ours = inductor._trace(model, 1, 0, set())
-    for target in (torch.ops.aten.linear.default, torch.ops.mkldnn._linear_pointwise.default):
-        left = ours.module.graph.find_nodes(op="call_function", target=target)
-        assert len(left) == (2 if "moe" in name and target is torch.ops.aten.linear.default else 0)  # routers
-    assert all("forward" not in module.__dict__ for module in model.modules())
-    torch.manual_seed(1)
-    random = [torch.randn_like(x) if x.is_floating_point() else torch.full_like(x, 7) for x in expected.arguments]
-    assert relative(ours.module(*(x.clone() for x in random)), expected.module(*random)) < MODEL
+    """A traced step with every linear layer as sums of products."""
+    linears, products = products_are_those_of_matrices(liger(family(name), window=6), 1, 0)
+    assert linears == (2 if "moe" in name else 0)  # routers
+    assert products == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -82,16 +74,22 @@ def test_products_of_one_row_are_those_of_matrices(name: str) -> None:
 def test_products_of_many_rows_are_those_of_matrices(name: str, batch: int, chunk: int) -> None:
     """oneDNN's, in prefill graphs and in steps of any number of rows."""
     model = liger(family(name), window=6)
+    _, products = products_are_those_of_matrices(model, batch, chunk)
+    found = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert products == found - (batch == 1)  # there the head reads the last position alone
+
+
+def products_are_those_of_matrices(model: PreTrainedModel, batch: int, chunk: int) -> tuple[int, int]:
+    """On random states; how many of torch's linear layers and of oneDNN's products the graph has."""
     expected = inductor._trace(model, batch, chunk, set())
     with as_products(model):
         ours = inductor._trace(model, batch, chunk, set())
-    product = torch.ops.mkldnn._linear_pointwise.default
-    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-    found = len(ours.module.graph.find_nodes(op="call_function", target=product))
-    assert found == linears - (batch == 1)  # there the head reads the last position alone
+    assert all("forward" not in module.__dict__ for module in model.modules())
     torch.manual_seed(1)
     random = [torch.randn_like(x) if x.is_floating_point() else torch.full_like(x, 7) for x in expected.arguments]
     assert relative(ours.module(*(x.clone() for x in random)), expected.module(*random)) < MODEL
+    targets = [node.target for node in ours.module.graph.nodes]
+    return targets.count(torch.ops.aten.linear.default), targets.count(torch.ops.mkldnn._linear_pointwise.default)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "moe" not in name])

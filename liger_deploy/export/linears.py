@@ -106,11 +106,11 @@ def as_products(model: nn.Module) -> Iterator[None]:
 
 
 def _product(linear: nn.Linear | Int8Linear, x: Tensor) -> Tensor:
-    if all(isinstance(size, int) and size == 1 for size in x.shape[:-1]):
+    if all(isinstance(size, int) and size == 1 for size in x.shape[:-1]):  # a size still open is not one
         return _of_one_row(linear, x)
     product: Tensor
     if type(linear) is nn.Linear and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # oneDNN, as torch calls it in 16 bits; MKL, which it calls in 32, takes up to twice the time on AMD processors
+        # oneDNN, as torch calls it in 16 bits; MKL, which it calls in 32, is slower on AMD processors
         product = torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
     else:
         product = type(linear).forward(linear, x)  # type: ignore[arg-type]
