@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_cuts KERNEL [--shape 1b|8b] [--bits 16|8|4] [--out FILE]
 
 linear_step: each layer of the shape, its matrices in 16, 8 or 4 bits.
-attention_step: one 8B layer, batch 16, 64 and 256.
+attention_step: one 8B layer, batch 16 to 256.
 attention_prefill: one 8B layer, 2k and 32k tokens.
 attention_sequence: one layer of both shapes, forward and backward, 8,192 tokens.
 """
@@ -94,14 +94,14 @@ def _products(
 
 
 def attention_step() -> list[dict[str, Any]]:
-    """`attention_step` at batch 16, 64 and 256, each way to cut it; the best five of each."""
+    """`attention_step` at batch 16 to 256, each way to cut it; the best five of each."""
     from liger_deploy.model.kernels import attention_step as module
     from liger_deploy.model.kernels.attention_step_many import Many
 
     found, kept = [], module.tiling
-    cuts = ((128, 16, 1), (128, 8, 1), (64, 32, 1), (64, 64, 2), (128, 32, 2), (128, 64, 4))
+    cuts = ((128, 16, 1), (128, 8, 1), (64, 16, 1), (64, 8, 1), (64, 16, 2), (64, 64, 2), (128, 16, 2), (128, 32, 4))
     ways = [Many(*cut, stages) for cut in cuts for stages in (1, 3)] + [64, 128]
-    for batch, dtype in itertools.product((256, 64, 16), (torch.float32, torch.bfloat16)):
+    for batch, dtype in itertools.product((256, 64, 32, 16), (torch.float32, torch.bfloat16)):
         timed = []
         for way in ways:
             module.tiling = functools.partial(_always, way)  # type: ignore[assignment]

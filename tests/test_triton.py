@@ -323,10 +323,10 @@ linear |= dict(weight_ptr=half(64, 64))
 state, ring, heads = torch.empty(2, 16, 16), half(2, 16, 16), half(2, 16)
 attention = dict(
     q_ptr=heads, k_ptr=heads, v_ptr=heads, gate_ptr=heads, length_ptr=torch.zeros(1).long(), state_ptr=state,
-    ring_k_ptr=ring, ring_v_ptr=ring.clone(), cos_ptr=state, sin_ptr=state, out_ptr=heads, q_row=32, k_row=32, v_row=32,
-    gate_row=32, normalizer=16.0, lower_bound=0.0, recurrent_weight=0.5, window_weight=0.5, scale=0.25, G=2, R=1, K=16,
-    V=16, W=16, ROTARY=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, BR=16, BK=16, BV=16, BW=16, BH=16,
-    BREST=16, BQ=1, BC=16, BJ=16, STAGES=1, OVERLAP=True,
+    ring_k_ptr=ring, ring_v_ptr=ring.clone(), cos_ptr=state, sin_ptr=state, out_ptr=heads, channels_ptr=state, q_row=32,
+    k_row=32, v_row=32, gate_row=32, normalizer=16.0, lower_bound=0.0, recurrent_weight=0.5, window_weight=0.5,
+    scale=0.25, G=2, R=1, K=16, V=16, W=16, ROTARY=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, BR=16,
+    BK=16, BV=16, BW=16, BH=16, BREST=16, BQ=1, BC=16, BJ=16, STAGES=1, OVERLAP=True,
 )
 strides = {f"{name}_{part}": 32 for name in "qkv" for part in ("batch", "row")} | dict(gate_batch=32, gate_row=32)
 shape = dict(K=16, V=16, GATE=0, SCALAR=False, SOFTMAX=True, KEY_FROM_GATE=False, C=64, BK=16, BV=16, G=2, N=1)
@@ -362,6 +362,7 @@ def test_torch_sees_what_the_kernels_write() -> None:
     done = subprocess.run([sys.executable, "-c", ANALYSIS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:8] == [
-        "out_ptr", "out_ptr", *["out_ptr ring_k_ptr ring_v_ptr state_ptr"] * 2,
+        "out_ptr", "out_ptr", "out_ptr ring_k_ptr ring_v_ptr state_ptr",
+        "channels_ptr out_ptr ring_k_ptr ring_v_ptr state_ptr",
         "faded_ptr key_ptr prefix_ptr total_ptr writes_ptr", "before_ptr state_ptr", "out_ptr", "ring_k_ptr ring_v_ptr",
     ]  # fmt: skip

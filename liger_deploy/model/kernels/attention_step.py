@@ -186,10 +186,12 @@ def attention_step(
     tile = tiling(batch * groups, width)
     if isinstance(tile, Many):
         values = min(tile.values, _block(width))
-        launcher(_attention_step_many, q_BGRK)[(batch * groups, triton.cdiv(width, values))](
-            *tensors, out_BGRV, *strides, *numbers, groups, **sizes, BR=max(8, triton.next_power_of_2(queries)),
-            BV=values, BC=min(tile.channels, _block(dim)), BJ=16, STAGES=tile.stages,
-            num_warps=tile.warps, num_stages=1,
+        cuts = triton.cdiv(width, values)
+        channels = out_BGRV.new_empty((batch * groups * cuts, 2 + queries, _block(dim)), dtype=torch.float32)
+        launcher(_attention_step_many, q_BGRK)[(batch * groups, cuts)](
+            *tensors, out_BGRV, channels, *strides, *numbers, groups, **sizes,
+            BR=max(8, triton.next_power_of_2(queries)), BV=values, BC=min(tile.channels, _block(dim)), BJ=16,
+            STAGES=tile.stages, num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
     else:
         launcher(_attention_step, q_BGRK)[(batch * groups, triton.cdiv(width, tile))](
@@ -204,10 +206,8 @@ def tiling(heads: int, width: int) -> int | Many:
 
     Measured at an 8B model's layer: `benchmarks/gpu_cuts.py`.
     """
-    if not isinstance(heads, int) or heads >= 1024:  # a symbol in a graph for any number of rows
-        return Many(128, 16, 1, 1)
-    if heads >= 512:
-        return Many(64, 32, 1, 3)
+    if not isinstance(heads, int) or heads >= 512:  # a symbol in a graph for any number of rows
+        return Many(128, 8, 1, 3)
     if heads >= 128:
         return Many(64, 64, 2, 1)
     values = _block(width)

@@ -2,7 +2,9 @@
 
 A warp alone waits for no other: what it sums stays in its registers, and while it computes, other warps' loads are
 under way; two serve where heads are too few to fill a GPU. The window is read in blocks of keys with a running softmax,
-the state in blocks of whole rows.
+the state in blocks of whole rows, `stages` of them under way. What a channel is multiplied with (its gate, its key and
+the queries) is computed once for the head and put in memory, where the loop over the state finds it: the loop is then
+loads, products and stores.
 
 Shape legend as in `attention_step.py`; J keys of the window at once, C channels (rows of the state) at once.
 """
@@ -21,6 +23,7 @@ from liger_deploy.model.kernels.attention_parts import (
     _floats,
     _load,
     _log_decay,
+    _phi,
     _save,
     _turned,
     _turned_alike,
@@ -40,7 +43,7 @@ class Many(NamedTuple):
 @triton.jit
 def _attention_step_many(
     q_ptr, k_ptr, v_ptr, gate_ptr, length_ptr, state_ptr, ring_k_ptr, ring_v_ptr, cos_ptr, sin_ptr, out_ptr,
-    q_row, k_row, v_row, gate_row,
+    channels_ptr, q_row, k_row, v_row, gate_row,
     normalizer, lower_bound, recurrent_weight, window_weight, scale,
     G, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, ROTARY: tl.constexpr,
     GATE: tl.constexpr, SCALAR: tl.constexpr, SOFTMAX: tl.constexpr, KEY_FROM_GATE: tl.constexpr,
@@ -70,10 +73,26 @@ def _attention_step_many(
     query_1 = q_ptr + row * q_row + group * R * K
     query_R1 = query_1 + tl.minimum(r_R, R - 1)[:, None] * K
     new_k_ptr, new_v_ptr = k_ptr + row * k_row + group * K, v_ptr + row * v_row + group * V
-    new_gate_ptr = gate_ptr + row * gate_row + group * K
     key_K = tl.load(new_k_ptr + k_K, in_K, 0.0)
     q_RK = tl.load(query_R1 + k_K[None, :], in_K[None, :], 0.0).to(tl.float32)
     v_V = _load(new_v_ptr + c_V, in_V, VALUES)
+
+    # Of each channel: its gate, what is written, the queries. [2+R,K], read again below.
+    if GATE != _NO_RECURRENCE:
+        channels_ptr += (head * tl.num_programs(1) + tl.program_id(1)) * (2 + R) * BK
+        p_K = tl.load(gate_ptr + row * gate_row + group * K + k_K, in_K, 0.0).to(tl.float32)
+        if SCALAR:
+            p_K = tl.sum(p_K, 0) / K + p_K * 0.0
+        alpha_K = tl.exp(_log_decay(p_K, group.to(tl.float32), normalizer, lower_bound, GATE))
+        if KEY_FROM_GATE:
+            write_K = 1.0 - alpha_K
+        else:
+            write_K = tl.sum(_phi(key_K.to(tl.float32)[None, :], in_K[None, :], SOFTMAX), 0)
+        phi_RK = _phi(q_RK, in_K[None, :], SOFTMAX) * recurrent_weight
+        tl.store(channels_ptr + k_K, alpha_K)
+        tl.store(channels_ptr + BK + k_K, tl.where(in_K, write_K, 0.0))
+        tl.store(channels_ptr + (2 + r_R)[:, None] * BK + k_K[None, :], phi_RK, in_R[:, None])
+        tl.debug_barrier()  # what other threads stored is seen
 
     # The window: the new token, whose key is turned as the queries are, begins the softmax; then the keys before it.
     factor_K = _turned_alike(cos_ptr + W * ROTARY, sin_ptr + W * ROTARY, k_K, ROTARY)
@@ -112,54 +131,23 @@ def _attention_step_many(
         tl.store(ring_k_ptr + (head * W + slot) * K + k_K, key_K, in_K)
     tl.store(ring_v_ptr + (head * W + slot) * V + c_V, v_V, in_V)
 
-    # The recurrence. Vectors [1,C] are made channel by channel; their sums over one row go to all threads.
     if GATE != _NO_RECURRENCE:
         v_V = v_V.to(tl.float32)
-        if SCALAR:
-            mean = tl.sum(tl.load(new_gate_ptr + k_K, in_K, 0.0).to(tl.float32), 0) / K
-        if SOFTMAX:
-            whole_K = tl.where(in_K, key_K.to(tl.float32), float("-inf"))
-            whole_RK = tl.where(in_K[None, :], q_RK, float("-inf"))
-            key_max, query_max_R = tl.max(whole_K, 0), tl.max(whole_RK, 1)
-            key_sum, query_sum_R = (
-                tl.sum(tl.exp(whole_K - key_max), 0),
-                tl.sum(tl.exp(whole_RK - query_max_R[:, None]), 1),
-            )
-        far, maxima, factors = (), (), ()
-        for r in tl.static_range(R):
+        far = ()
+        for _r in tl.static_range(R):
             far = far + (tl.zeros([BV], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-            if SOFTMAX:
-                maxima = maxima + (tl.sum(tl.where(r_R == r, query_max_R, 0.0), 0),)  # type: ignore[assignment]  # noqa: RUF005
-                total = tl.sum(tl.where(r_R == r, query_sum_R, 0.0), 0)
-                factors = factors + (recurrent_weight / total,)  # type: ignore[assignment]  # noqa: RUF005
         for c in tl.range(0, BK, BC, num_stages=STAGES):
             c_C = c + tl.arange(0, BC)
-            c_1C, in_1C = c_C[None, :], (c_C < K)[None, :]
             state_CV = state_ptr + (head * K + c_C[:, None]) * V + c_V[None, :]
             in_CV = (c_C < K)[:, None] & in_V[None, :]
+            alpha_C, write_C = tl.load(channels_ptr + c_C), tl.load(channels_ptr + BK + c_C)
             s_CV = _load(state_CV, in_CV, WHOLE).to(tl.float32)
-            if SCALAR:
-                p_1C = mean + tl.zeros([1, BC], tl.float32)
-            else:
-                p_1C = tl.load(new_gate_ptr + c_1C, in_1C, 0.0).to(tl.float32)
-            alpha_1C = tl.exp(_log_decay(p_1C, group.to(tl.float32), normalizer, lower_bound, GATE))
-            if KEY_FROM_GATE:
-                write_1C = 1.0 - alpha_1C
-            else:
-                write_1C = tl.load(new_k_ptr + c_1C, in_1C, 0.0).to(tl.float32)
-                if SOFTMAX:
-                    write_1C = tl.exp(write_1C - key_max) / key_sum
-            alpha_C, write_C = tl.sum(alpha_1C, 0), tl.sum(tl.where(in_1C, write_1C, 0.0), 0)
             s_CV = s_CV * alpha_C[:, None] + write_C[:, None] * v_V[None, :]
             _save(state_CV, s_CV, in_CV, WHOLE)
             sums = ()
             for r in tl.static_range(R):
-                q_1C = tl.load(query_1 + r * K + c_1C, in_1C, 0.0).to(tl.float32)
-                if SOFTMAX:
-                    q_1C = tl.where(in_1C, tl.exp(q_1C - maxima[r]) * factors[r], 0.0)
-                else:
-                    q_1C *= recurrent_weight
-                sums = sums + (far[r] + tl.sum(tl.sum(q_1C, 0)[:, None] * s_CV, 0),)  # type: ignore[assignment]  # noqa: RUF005
+                q_C = tl.load(channels_ptr + (2 + r) * BK + c_C)
+                sums = sums + (far[r] + tl.sum(q_C[:, None] * s_CV, 0),)  # type: ignore[assignment]  # noqa: RUF005
             far = sums
         for r in tl.static_range(R):
             out_QV += tl.where(r_Q[:, None] == r, far[r][None, :], 0.0)
