@@ -57,6 +57,25 @@ def _phi(x_RC, in_RC, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
+def _gate_and_key(
+    p_C, k_C, in_C, head, normalizer, lower_bound, K: tl.constexpr, GATE: tl.constexpr, SCALAR: tl.constexpr,
+    SOFTMAX: tl.constexpr, KEY_FROM_GATE: tl.constexpr,
+):  # fmt: skip
+    """One token's gate, and the key that it is written with, 0 beyond K; float32, of float32.
+
+    Sums over one row: each channel's gate is then computed once, and not by every thread that needs it.
+    """
+    if SCALAR:
+        p_C = tl.sum(p_C, 0) / K + p_C * 0.0
+    alpha_C = tl.sum(tl.exp(_log_decay(p_C[None, :], head, normalizer, lower_bound, GATE)), 0)
+    if KEY_FROM_GATE:
+        write_C = 1.0 - alpha_C
+    else:
+        write_C = tl.sum(_phi(k_C[None, :], in_C[None, :], SOFTMAX), 0)
+    return alpha_C, tl.where(in_C, write_C, 0.0)
+
+
+@triton.jit
 def _dot(a, b, KIND: tl.constexpr):
     """Product of two tiles: their values rounded to the model's 16 bits, or in full float32."""
     if tl.float32 == KIND:

@@ -30,8 +30,8 @@ from liger_deploy.model.kernels.attention_parts import (
     _block,
     _dot,
     _floats,
+    _gate_and_key,
     _load,
-    _log_decay,
     _phi,
     _save,
     _turned,
@@ -127,16 +127,10 @@ def _attention_step(
     out_QV = tl.trans(tl.sum(tl.reshape(near_VR, [BV, BR // BQ, BQ]), 1))  # columns beyond R are zero
 
     if GATE != _NO_RECURRENCE:
-        if SCALAR:
-            p_C = tl.sum(p_C, 0) / K + p_C * 0.0
-        # Sums over one row: each channel's gate is then computed once, and not by every thread that needs it.
-        decay_1C = _log_decay(p_C[None, :], group.to(tl.float32), normalizer, lower_bound, GATE)
-        alpha_C = tl.sum(tl.exp(decay_1C), 0)
-        if KEY_FROM_GATE:
-            write_C = 1.0 - alpha_C
-        else:
-            write_C = tl.sum(_phi(k_C.to(tl.float32)[None, :], in_C[None, :], SOFTMAX), 0)
-        write_C = tl.where(in_C, write_C, 0.0)
+        alpha_C, write_C = _gate_and_key(
+            p_C, k_C.to(tl.float32), in_C, group.to(tl.float32), normalizer, lower_bound, K, GATE, SCALAR, SOFTMAX,
+            KEY_FROM_GATE,
+        )  # fmt: skip
         s_CV = s_CV * alpha_C[:, None] + write_C[:, None] * v_V.to(tl.float32)[None, :]
         _save(state_CV, s_CV, in_CV, WHOLE)
         q_QC = _phi(q_QC, in_C[None, :], SOFTMAX) * recurrent_weight

@@ -21,8 +21,8 @@ from liger_deploy.model.kernels.attention_parts import (
     _NO_RECURRENCE,
     _dot,
     _floats,
+    _gate_and_key,
     _load,
-    _log_decay,
     _phi,
     _save,
     _turned,
@@ -81,16 +81,13 @@ def _attention_step_many(
     if GATE != _NO_RECURRENCE:
         channels_ptr += (head * tl.num_programs(1) + tl.program_id(1)) * (2 + R) * BK
         p_K = tl.load(gate_ptr + row * gate_row + group * K + k_K, in_K, 0.0).to(tl.float32)
-        if SCALAR:
-            p_K = tl.sum(p_K, 0) / K + p_K * 0.0
-        alpha_K = tl.exp(_log_decay(p_K, group.to(tl.float32), normalizer, lower_bound, GATE))
-        if KEY_FROM_GATE:
-            write_K = 1.0 - alpha_K
-        else:
-            write_K = tl.sum(_phi(key_K.to(tl.float32)[None, :], in_K[None, :], SOFTMAX), 0)
+        alpha_K, write_K = _gate_and_key(
+            p_K, key_K.to(tl.float32), in_K, group.to(tl.float32), normalizer, lower_bound, K, GATE, SCALAR, SOFTMAX,
+            KEY_FROM_GATE,
+        )  # fmt: skip
         phi_RK = _phi(q_RK, in_K[None, :], SOFTMAX) * recurrent_weight
         tl.store(channels_ptr + k_K, alpha_K)
-        tl.store(channels_ptr + BK + k_K, tl.where(in_K, write_K, 0.0))
+        tl.store(channels_ptr + BK + k_K, write_K)
         tl.store(channels_ptr + (2 + r_R)[:, None] * BK + k_K[None, :], phi_RK, in_R[:, None])
         tl.debug_barrier()  # what other threads stored is seen
 
