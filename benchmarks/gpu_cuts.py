@@ -99,8 +99,8 @@ def attention_step() -> list[dict[str, Any]]:
     from liger_deploy.model.kernels.attention_step_many import Many
 
     found, kept = [], module.tiling
-    cuts = ((128, 16, 1), (128, 8, 1), (64, 16, 1), (64, 8, 1), (64, 16, 2), (64, 64, 2), (128, 16, 2), (128, 32, 4))
-    ways = [Many(*cut, stages) for cut in cuts for stages in (1, 3)] + [64, 128]
+    cuts = ((128, 8, 1), (128, 16, 1), (128, 32, 1), (64, 8, 1), (64, 16, 1), (64, 64, 2), (128, 64, 2), (128, 32, 4))
+    ways = [Many(*cut, stages) for cut in cuts for stages in (1, 2, 3)] + [64, 128]
     for batch, dtype in itertools.product((256, 64, 32, 16), (torch.float32, torch.bfloat16)):
         timed = []
         for way in ways:

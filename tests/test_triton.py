@@ -44,14 +44,14 @@ def _table(window: int, rotary: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("strength", "dtype", "heads"),
+    ("strength", "dtype", "heads", "state"),
     [
-        (1.0, torch.float32, 0),
-        (60.0, torch.float32, 0),
-        (1.0, HALF, 0),
-        (1.0, torch.float32, 128),
-        (1.0, HALF, 512),
-        (60.0, torch.float32, 1024),
+        (1.0, torch.float32, 0, torch.float32),
+        (60.0, torch.float32, 0, torch.float32),
+        (1.0, HALF, 0, torch.float32),
+        (1.0, torch.float32, 128, torch.float32),
+        (1.0, HALF, 512, HALF),
+        (60.0, torch.float32, 1024, torch.float32),
     ],
 )
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -62,6 +62,7 @@ def test_attention_step(
     strength: float,
     dtype: torch.dtype,
     heads: int,
+    state: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three tokens, gates weak and extreme, cut as for as many heads; the unfilled part of the ring is poisoned."""
@@ -78,7 +79,7 @@ def test_attention_step(
     straight = [torch.randn(batch, groups, window, dim, dtype=torch.float64) * filled for _ in range(2)]
     recurrent = (torch.randn(batch, groups, dim, dim, dtype=torch.float64),) if structure != "window" else ()
     rings = [to_ring(x.masked_fill(~filled, torch.nan), length).to(DEVICE, dtype) for x in straight]
-    ours = LayerState(tuple(x.float().to(DEVICE) for x in recurrent), *rings)
+    ours = LayerState(tuple(x.to(DEVICE, state) for x in recurrent), *rings)
     theirs = LayerState(recurrent, *straight)
     for _ in range(3):
         wide = torch.randn(batch, 1, (queries + 3) * groups * dim, dtype=torch.float64)
@@ -96,7 +97,7 @@ def test_attention_step(
     for found, value in zip((ours.window_k, ours.window_v), (theirs.window_k, theirs.window_v), strict=True):
         assert relative(from_ring(found.float().cpu(), length).masked_fill(~filled, 0), value * filled) < tolerance
     for found, value in zip(ours.recurrent, theirs.recurrent, strict=True):
-        assert relative(found.cpu(), value) < tolerance
+        assert relative(found.float().cpu(), value) < tolerance
 
 
 # rows, KV heads, queries per KV head, head dim, window, rotary channels, tokens, (seen before), (valid)
