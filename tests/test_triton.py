@@ -50,7 +50,7 @@ def _table(window: int, rotary: int) -> tuple[Tensor, Tensor]:
         (60.0, torch.float32, 0, torch.float32),
         (1.0, HALF, 0, torch.float32),
         (1.0, torch.float32, 128, torch.float32),
-        (1.0, HALF, 512, HALF),
+        (1.0, HALF, 1024, HALF),
         (60.0, torch.float32, 1024, torch.float32),
     ],
 )

@@ -177,7 +177,7 @@ def attention_step(
         "KEY_FROM_GATE": row.key_from_gate, "BQ": triton.next_power_of_2(queries), "BK": _block(dim),
         "BH": _block(rotary // 2), "BREST": _block(dim - rotary), "OVERLAP": overlaps(),
     }  # fmt: skip
-    tile = tiling(batch * groups, width, recurrent_BGKV.element_size())
+    tile = tiling(batch * groups, width)
     if isinstance(tile, Many):
         values = min(tile.values, _block(width))
         cuts = triton.cdiv(width, values)
@@ -195,14 +195,13 @@ def attention_step(
     return out_BGRV
 
 
-def tiling(heads: int, width: int, size: int) -> int | Many:
-    """How so many heads are cut, by bytes of a number of the state: what a program takes of many, or the values of a
-    head that it takes of few.
+def tiling(heads: int, width: int) -> int | Many:
+    """How so many heads are cut: what a program takes of many, or the values of a head that it takes of few.
 
-    Measured at an 8B model's layer: `benchmarks/gpu_cuts.py`.
+    Measured at an 8B model's layer: `benchmarks/gpu_cuts.py`. 512 heads of two warps are what an H100 holds at once.
     """
-    if not isinstance(heads, int) or heads >= 512:  # a symbol in a graph for any number of rows
-        return Many(128, 8, 1, 3) if size == 4 else Many(128, 32, 1, 2)
+    if not isinstance(heads, int) or heads > 512:  # a symbol in a graph for any number of rows
+        return Many(128, 32, 1, 2)
     if heads >= 128:
         return Many(128, 64, 2, 1)
     values = _block(width)
