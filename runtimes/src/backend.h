@@ -1,4 +1,4 @@
-// What a runtime adds to a Session. Implementations return errors; nothing they call may throw through.
+// What a runtime adds to a Session, which turns what these throw into errors.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +18,12 @@ class Backend {
  public:
   virtual ~Backend() = default;
   // The state before any token, for this many rows.
-  virtual Status clear(std::int64_t rows) = 0;
+  virtual void clear(std::int64_t rows) = 0;
+  // The state after so many tokens a row: its tensors as the manifest orders them, in the manifest's shapes.
+  virtual void write(const std::vector<const State::Tensor*>& tensors, const std::vector<std::int64_t>& length) = 0;
   // Advance the state; tokens [rows, width], valid [rows]. Logits [rows, vocab] of the backend's own memory.
   virtual Result<const float*> run(const std::int64_t* tokens, std::int64_t width, const std::int64_t* valid) = 0;
   virtual Result<State> read() = 0;
-  virtual Status write(const State& state) = 0;  // checked against the manifest
   virtual Result<std::unique_ptr<Backend>> twin() = 0;  // same weights, no state
 };
 

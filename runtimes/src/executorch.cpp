@@ -104,11 +104,30 @@ class ExecuTorchBackend final : public Backend {
   ExecuTorchBackend(const Bundle& bundle, std::shared_ptr<Program> program)
       : bundle_(bundle), program_(std::move(program)) {}
 
-  Status clear(std::int64_t rows) override {
-    return guarded<Done>(Code::runtime, bundle_.path, [&]() -> Status {
-      allocate(rows);
-      return Done{};
-    });
+  void clear(std::int64_t rows) override {
+    if (rows_ != rows) {
+      const auto n = static_cast<std::size_t>(rows);
+      state_.clear(), decode_.clear(), prefill_.clear();
+      tokens_.resize(n * static_cast<std::size_t>(bundle_.chunk));
+      valid_.resize(n), length_.resize(n);
+      logits_.resize(n * static_cast<std::size_t>(bundle_.vocab));
+      for (std::size_t i = 0; i + 1 < bundle_.state.size(); ++i)
+        state_.emplace_back(n * static_cast<std::size_t>(count(bundle_.state[i].shape)));
+      add(decode_, ScalarType::Long, {rows}, tokens_.data());
+      add(prefill_, ScalarType::Long, {rows, bundle_.chunk}, tokens_.data());
+      add(prefill_, ScalarType::Long, {rows}, valid_.data());
+      for (auto* inputs : {&decode_, &prefill_}) {
+        for (std::size_t i = 0; i < state_.size(); ++i) {
+          auto shape = bundle_.state[i].shape;
+          shape.insert(shape.begin(), rows);
+          add(*inputs, ScalarType::Float, std::move(shape), state_[i].data());
+        }
+        add(*inputs, ScalarType::Long, {rows}, length_.data());
+      }
+      rows_ = rows;
+    }
+    for (auto& values : state_) std::fill(values.begin(), values.end(), 0.0f);
+    std::fill(length_.begin(), length_.end(), 0);
   }
 
   Result<const float*> run(const std::int64_t* tokens, std::int64_t width, const std::int64_t* valid) override {
@@ -131,16 +150,11 @@ class ExecuTorchBackend final : public Backend {
     return state;
   }
 
-  Status write(const State& state) override {
-    return guarded<Done>(Code::runtime, bundle_.path, [&]() -> Status {
-      allocate(static_cast<std::int64_t>(state.length.size()));
-      for (const auto& tensor : state.tensors)
-        for (std::size_t i = 0; i + 1 < bundle_.state.size(); ++i)
-          if (bundle_.state[i].name == tensor.name)
-            std::copy(tensor.values.begin(), tensor.values.end(), state_[i].begin());
-      length_ = state.length;
-      return Done{};
-    });
+  void write(const std::vector<const State::Tensor*>& tensors, const std::vector<std::int64_t>& length) override {
+    clear(static_cast<std::int64_t>(length.size()));
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      std::copy(tensors[i]->values.begin(), tensors[i]->values.end(), state_[i].begin());
+    std::copy(length.begin(), length.end(), length_.begin());
   }
 
   Result<std::unique_ptr<Backend>> twin() override {
@@ -169,32 +183,6 @@ class ExecuTorchBackend final : public Backend {
       copy(1 + state_.size(), length_.data(), length_.size() * sizeof(std::int64_t));
       return logits_.data();
     });
-  }
-
-  void allocate(std::int64_t rows) {
-    if (rows_ != rows) {
-      rows_ = rows;
-      const auto n = static_cast<std::size_t>(rows);
-      state_.clear(), decode_.clear(), prefill_.clear();
-      tokens_.resize(n * static_cast<std::size_t>(bundle_.chunk));
-      valid_.resize(n), length_.resize(n);
-      logits_.resize(n * static_cast<std::size_t>(bundle_.vocab));
-      for (std::size_t i = 0; i + 1 < bundle_.state.size(); ++i)
-        state_.emplace_back(n * static_cast<std::size_t>(count(bundle_.state[i].shape)));
-      add(decode_, ScalarType::Long, {rows}, tokens_.data());
-      add(prefill_, ScalarType::Long, {rows, bundle_.chunk}, tokens_.data());
-      add(prefill_, ScalarType::Long, {rows}, valid_.data());
-      for (auto* inputs : {&decode_, &prefill_}) {
-        for (std::size_t i = 0; i < state_.size(); ++i) {
-          auto shape = bundle_.state[i].shape;
-          shape.insert(shape.begin(), rows);
-          add(*inputs, ScalarType::Float, std::move(shape), state_[i].data());
-        }
-        add(*inputs, ScalarType::Long, {rows}, length_.data());
-      }
-    }
-    for (auto& values : state_) std::fill(values.begin(), values.end(), 0.0f);
-    std::fill(length_.begin(), length_.end(), 0);
   }
 
   static void add(Views& views, ScalarType type, std::vector<std::int64_t> shape, void* data) {

@@ -115,11 +115,14 @@ class InductorBackend final : public Backend {
   InductorBackend(const Bundle& bundle, std::shared_ptr<Package> package)
       : bundle_(bundle), package_(std::move(package)) {}
 
-  Status clear(std::int64_t rows) override {
-    return guarded<Done>(Code::runtime, bundle_.path, [&]() -> Status {
-      allocate(rows);
-      return Done{};
-    });
+  void clear(std::int64_t rows) override {
+    rows_ = rows;
+    state_.clear();
+    for (const auto& tensor : bundle_.state) {
+      auto shape = tensor.shape;
+      shape.insert(shape.begin(), rows);
+      state_.push_back(at::zeros(shape, at::TensorOptions(kStateTypes.at(tensor.dtype))));
+    }
   }
 
   Result<const float*> run(const std::int64_t* tokens, std::int64_t width, const std::int64_t* valid) override {
@@ -156,16 +159,11 @@ class InductorBackend final : public Backend {
     });
   }
 
-  Status write(const State& state) override {
-    return guarded<Done>(Code::runtime, bundle_.path, [&]() -> Status {
-      allocate(static_cast<std::int64_t>(state.length.size()));
-      for (const auto& tensor : state.tensors)
-        for (std::size_t i = 0; i + 1 < state_.size(); ++i)
-          if (bundle_.state[i].name == tensor.name)
-            state_[i].copy_(at::from_blob(const_cast<float*>(tensor.values.data()), tensor.shape, at::kFloat));
-      std::copy(state.length.begin(), state.length.end(), state_.back().mutable_data_ptr<std::int64_t>());
-      return Done{};
-    });
+  void write(const std::vector<const State::Tensor*>& tensors, const std::vector<std::int64_t>& length) override {
+    clear(static_cast<std::int64_t>(length.size()));
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      state_[i].copy_(at::from_blob(const_cast<float*>(tensors[i]->values.data()), tensors[i]->shape, at::kFloat));
+    std::copy(length.begin(), length.end(), state_.back().mutable_data_ptr<std::int64_t>());
   }
 
   Result<std::unique_ptr<Backend>> twin() override {
@@ -173,16 +171,6 @@ class InductorBackend final : public Backend {
   }
 
  private:
-  void allocate(std::int64_t rows) {
-    rows_ = rows;
-    state_.clear();
-    for (const auto& tensor : bundle_.state) {
-      auto shape = tensor.shape;
-      shape.insert(shape.begin(), rows);
-      state_.push_back(at::zeros(shape, at::TensorOptions(kStateTypes.at(tensor.dtype))));
-    }
-  }
-
   Bundle bundle_;
   std::shared_ptr<Package> package_;
   std::int64_t rows_ = 0;

@@ -37,11 +37,18 @@ class OnnxBackend final : public Backend {
   OnnxBackend(const Bundle& bundle, std::shared_ptr<Ort::Session> session)
       : bundle_(bundle), session_(std::move(session)) {}
 
-  Status clear(std::int64_t rows) override {
-    return guarded<Done>(Code::runtime, bundle_.path, [&]() -> Status {
-      allocate(rows);
-      return Done{};
-    });
+  void clear(std::int64_t rows) override {
+    rows_ = rows, turn_ = 0;
+    steps_ = {};
+    const auto n = static_cast<std::size_t>(rows);
+    for (auto& set : sets_) {
+      set.clear();
+      for (const auto& info : bundle_.state) set.emplace_back(static_cast<std::size_t>(rows * count(info.shape)), 0.0f);
+    }
+    for (auto& length : lengths_) length.assign(n, 0);
+    tokens_.assign(n, 0);
+    ones_.assign(n, 1);
+    logits_.assign(static_cast<std::size_t>(rows * bundle_.vocab), 0.0f);
   }
 
   Result<const float*> run(const std::int64_t* tokens, std::int64_t width, const std::int64_t* valid) override {
@@ -74,16 +81,11 @@ class OnnxBackend final : public Backend {
     return state;
   }
 
-  Status write(const State& state) override {
-    return guarded<Done>(Code::runtime, bundle_.path, [&]() -> Status {
-      allocate(static_cast<std::int64_t>(state.length.size()));
-      for (const auto& tensor : state.tensors)
-        for (std::size_t i = 0; i + 1 < bundle_.state.size(); ++i)
-          if (bundle_.state[i].name == tensor.name) sets_[0][i] = tensor.values;
-      steps_ = {};
-      lengths_[0] = state.length;
-      return Done{};
-    });
+  void write(const std::vector<const State::Tensor*>& tensors, const std::vector<std::int64_t>& length) override {
+    clear(static_cast<std::int64_t>(length.size()));
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      std::copy(tensors[i]->values.begin(), tensors[i]->values.end(), sets_[0][i].begin());
+    lengths_[0] = length;
   }
 
   Result<std::unique_ptr<Backend>> twin() override {
@@ -91,20 +93,6 @@ class OnnxBackend final : public Backend {
   }
 
  private:
-  void allocate(std::int64_t rows) {
-    rows_ = rows, turn_ = 0;
-    steps_ = {};
-    const auto n = static_cast<std::size_t>(rows);
-    for (auto& set : sets_) {
-      set.clear();
-      for (const auto& info : bundle_.state) set.emplace_back(static_cast<std::size_t>(rows * count(info.shape)), 0.0f);
-    }
-    for (auto& length : lengths_) length.assign(n, 0);
-    tokens_.assign(n, 0);
-    ones_.assign(n, 1);
-    logits_.assign(static_cast<std::size_t>(rows * bundle_.vocab), 0.0f);
-  }
-
   template <class T>
   Ort::Value view(T* data, std::vector<std::int64_t> shape) {
     return Ort::Value::CreateTensor<T>(memory_, data, static_cast<std::size_t>(count(shape)), shape.data(),

@@ -59,7 +59,7 @@ Result<Logits> Session::prefill(const std::vector<std::int64_t>& tokens, std::in
     for (auto n : valid)
       if (n < 1 || n > width) return Error{Code::token, "valid must lie between 1 and " + std::to_string(width)};
     if (!rows_) {
-      if (auto ok = backend_->clear(rows); !ok) return ok.error();
+      backend_->clear(rows);
       rows_ = rows;
     }
     kept_.clear();
@@ -113,6 +113,7 @@ Status Session::load_state(const State& state) {
                                     std::to_string(rows)};
     std::unordered_map<std::string, const State::Tensor*> named;
     for (const auto& tensor : state.tensors) named[tensor.name] = &tensor;
+    std::vector<const State::Tensor*> tensors;
     for (const auto& info : bundle_.state) {
       if (info.name == "length") continue;
       std::vector<std::int64_t> shape{rows};
@@ -124,10 +125,12 @@ Status Session::load_state(const State& state) {
       if (tensor.shape != shape || static_cast<std::int64_t>(tensor.values.size()) != count(shape))
         return Error{Code::state, "state tensor '" + info.name + "' is " + show(tensor.shape) + ", this model needs " +
                                       show(shape) + odd};
+      tensors.push_back(&tensor);
     }
     if (state.tensors.size() + 1 != bundle_.state.size())
       return Error{Code::state, "the state has tensors that this model does not know"};
-    if (auto ok = backend_->write(state); !ok) return ok;
+    rows_ = 0;  // until the state is written whole, there is none
+    backend_->write(tensors, state.length);
     rows_ = rows;
     poison_.clear();
     return Done{};

@@ -41,16 +41,17 @@ int failures = 0;
 
 constexpr std::int64_t kVocab = 8, kWidth = 4;
 
-// state = state / 2 + token; logit i = weight i * state[i mod 4]. The weights are shared by all forks. Token 7 fails.
+// state = state / 2 + token; logit i = weight i * state[i mod 4]. The weights are shared by all forks. Token 7 fails, and
+// there is memory for three rows.
 class Toy final : public liger::Backend {
  public:
   explicit Toy(std::shared_ptr<const std::vector<float>> weights) : weights_(std::move(weights)) {}
 
-  liger::Status clear(std::int64_t rows) override {
+  void clear(std::int64_t rows) override {
+    if (rows > 3) throw std::bad_alloc();
     state_.assign(static_cast<std::size_t>(rows * kWidth), 0);
     length_.assign(static_cast<std::size_t>(rows), 0);
     logits_.assign(static_cast<std::size_t>(rows * kVocab), 0);
-    return liger::Done{};
   }
 
   liger::Result<const float*> run(const std::int64_t* tokens, std::int64_t width, const std::int64_t* valid) override {
@@ -74,10 +75,9 @@ class Toy final : public liger::Backend {
     return state;
   }
 
-  liger::Status write(const liger::State& state) override {
-    if (auto ok = clear(static_cast<std::int64_t>(state.length.size())); !ok) return ok;
-    state_ = state.tensors[0].values, length_ = state.length;
-    return liger::Done{};
+  void write(const std::vector<const liger::State::Tensor*>& tensors, const std::vector<std::int64_t>& length) override {
+    clear(static_cast<std::int64_t>(length.size()));
+    state_ = tensors[0]->values, length_ = length;
   }
 
   liger::Result<std::unique_ptr<liger::Backend>> twin() override {
@@ -134,6 +134,18 @@ void bad_calls_change_nothing() {
   }
   CHECK(!session->prefill({1, 2}, 1, {3}));
   CHECK(session->state()->length[0] == 2);
+}
+
+void without_memory_there_is_no_state() {
+  auto session = toy();
+  CHECK(!session->prefill({1, 2, 3, 4}, 4));
+  const auto expected = copy(session->prefill({1, 2}));
+  liger::State state = *session->state();
+  state.length = {2, 2, 2, 2};
+  state.tensors[0].shape[0] = 4, state.tensors[0].values.resize(4 * kWidth);
+  CHECK(session->load_state(state).error().code == liger::Code::runtime);
+  CHECK(session->state().error().code == liger::Code::state);
+  CHECK(copy(session->prefill({1, 2})) == expected);
 }
 
 void a_failed_run_poisons() {
@@ -320,6 +332,7 @@ void products_of_4_bits_are_exact() {
 int main() {
   prefill_in_parts_is_one_prefill();
   bad_calls_change_nothing();
+  without_memory_there_is_no_state();
   a_failed_run_poisons();
   a_state_of_another_model_is_refused();
   a_step_allocates_nothing();
