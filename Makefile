@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo native aarch64 kotlin test lint clean
+.PHONY: demo native aarch64 kotlin test test-slow lint clean
 
 # torch is named first and exactly: the tested version, and a CPU build where the index has one.
 $(STAMP): pyproject.toml Makefile
@@ -72,9 +72,15 @@ $(NODE): tests/node/package.json tests/node/package-lock.json
 
 # One process a core, one thread each: lowering is bound by Python, not by arithmetic.
 # What a machine has no tools for is skipped, and pytest says so.
-test: $(STAMP) $(NATIVE) $(NODE) $(if $(shell command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64),$(ARM)) \
-		$(if $(shell command -v javac),$(KOTLIN))
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+TESTED := $(STAMP) $(NATIVE) $(NODE) $(if $(shell command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64),$(ARM)) \
+	$(if $(shell command -v javac),$(KOTLIN))
+test: $(TESTED)
+	$(PYTEST) -m "not slow"
+
+# Sanitizers, fuzzing, and the lowerings that take longest.
+test-slow: $(TESTED)
+	$(PYTEST) -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

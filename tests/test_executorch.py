@@ -173,6 +173,7 @@ def test_a_program_without_delegates_runs(tmp_path: Path) -> None:
     assert [row for row in rows if not row.passed] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "registered"), [("coreml", "CoreMLBackend"), ("vulkan", "VulkanBackend")])
 def test_other_delegates_are_lowered_ahead_of_time(name: Any, registered: str, tmp_path: Path) -> None:
     """They do not run here, and the session says so: the program is only looked at."""
@@ -246,6 +247,7 @@ PLAIN: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), PLAIN, ids=str)
 def test_every_form_lowers(name: str, config: dict[str, Any], tmp_path: Path) -> None:
     model = liger(family(name), **config)
@@ -272,6 +274,7 @@ def test_extreme_gates_survive_the_delegate(tmp_path: Path) -> None:
         assert relative(ours.state().tensors[name], tensor) < MODEL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant", "least", "size"), [("int4", 1e-3, 3.4e6), ("int8", 1e-6, 3.6e6)])
 def test_fewer_bits_stay_close(quant: Any, least: float, size: float, tmp_path: Path) -> None:
     bundle = ld.export_bundle(EMBEDDED, "executorch", tmp_path / "b", ld.ExportOptions(quant=quant, chunk=16))

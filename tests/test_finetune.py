@@ -122,6 +122,7 @@ def test_the_same_step_another_way(changes: dict[str, object], base: Path, data:
         assert float((tensor - expected[name]).norm()) <= 2e-3 * float(expected[name].norm()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["copied", "sharded", "sharded, recomputed"])
 def test_two_processes_are_one(way: str, base: Path, data: str, tmp_path: Path) -> None:
     """Over gloo, two processes with a block each make the steps of one process with two blocks."""

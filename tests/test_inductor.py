@@ -160,6 +160,7 @@ def test_the_trained_model_packed_as_for_a_gpu() -> None:
         assert float((exact.exp() * (exact - ours)).sum(-1).mean()) < limit
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("inductor")
 def test_the_trained_model_in_8_bits_passes_its_table(tmp_path: Path) -> None:
     ld.export_bundle(None, "inductor", tmp_path / "b", ld.ExportOptions(quant="int8", batch=1))
@@ -309,6 +310,7 @@ def test_no_compiler_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("inductor")
 @pytest.mark.parametrize(
     ("name", "config"),

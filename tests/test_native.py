@@ -92,6 +92,7 @@ def test_our_operator_in_a_program(tmp_path: Path) -> None:
     assert ids(call(bundle.path, "--tokens", " ".join(map(str, range(5, 30))), *GREEDY, 40)) == expected
 
 
+@pytest.mark.slow
 def test_weights_beside_a_program(tmp_path: Path) -> None:
     """`--external-weights`: a small program, and the file of another one serves it as well."""
     model, made = liger(small_llama(num_hidden_layers=1), window=6), {}

@@ -35,6 +35,7 @@ def test_the_unit_tests_pass() -> None:
     assert run(BUILD / "liger-unit") == "every check passed\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["asan", "tsan"])
 def test_under_sanitizers(preset: str, tiny_bundle: Path, state: Path) -> None:
     """The unit tests, 64 threads among them; and broken files under the first."""
@@ -51,6 +52,7 @@ def json_headers() -> str:
     return next(line.split("=", 1)[1] for line in cache if line.startswith("NLOHMANN_JSON:"))
 
 
+@pytest.mark.slow
 def test_broken_files_never_crash(tiny_bundle: Path, state: Path) -> None:
     """50,000 mutations of a manifest, 2,500 of a tokenizer and 50,000 of a state; most are refused."""
     manifests, tokenizers, states = ids(run(BUILD / "liger-fuzz", tiny_bundle, state, 50_000))

@@ -83,6 +83,7 @@ def test_a_wrong_scale_is_seen(quant: str, bundle: Path, tiny: PreTrainedModel) 
     assert any(not row.passed for row in compare_quantized(session, oracle, text, quant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{"structure": "gsa", "slots": 8}, {"structure": "lolcats", "features": 8}], ids=str)
 def test_other_structures(config: dict[str, object], tmp_path: Path) -> None:
     model = liger(small_llama(hidden_size=128, intermediate_size=256, head_dim=16), window=8, **config)
@@ -138,6 +139,7 @@ def test_grids_are_kept(seed: int, rows: int, columns: int, group: int) -> None:
         assert (kept[0][:, :untouched] == 0).all()
 
 
+@pytest.mark.slow
 def test_calibrated(tmp_path: Path) -> None:
     """4 bits chosen over a text are nearer to the model than rounded ones, on another text; states still move."""
     text = tmp_path / "text.txt"
@@ -201,6 +203,7 @@ def test_16_bits_are_refused_on_a_cpu(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_groups_of_any_allowed_size(tmp_path: Path) -> None:
     """Larger groups make a smaller file, within the limit still; other sizes are refused."""
     sizes = {}
