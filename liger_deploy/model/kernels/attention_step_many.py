@@ -133,7 +133,7 @@ def _attention_step_many(
         far = ()
         for _r in tl.static_range(R):
             far = far + (tl.zeros([BV], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-        # A lane loads four values, of 16 bits too: a warp then has whole rows, and no sum goes from lane to lane.
+        # A lane loads four values, of 16 bits too: a warp then has a whole row of 128, and sums none from lane to lane.
         c_V = tl.max_contiguous(c_V, 4)
         for c in tl.range(0, BK, BC, num_stages=STAGES):
             c_C = c + tl.arange(0, BC)
