@@ -1,4 +1,4 @@
-// What a runtime adds to a Session, which turns what these throw into errors.
+// What a runtime adds to a Session.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +17,13 @@ using OpenBackend = void(const Bundle& bundle, const Options& options, Result<st
 class Backend {
  public:
   virtual ~Backend() = default;
-  // The state before any token, for this many rows.
+  // Of the state; the session turns what these three throw into errors. Before any token, for this many rows:
   virtual void clear(std::int64_t rows) = 0;
-  // The state after so many tokens a row: its tensors as the manifest orders them, in the manifest's shapes.
+  // After clear(): so many tokens a row, and tensors as the manifest orders them, in its shapes.
   virtual void write(const std::vector<const State::Tensor*>& tensors, const std::vector<std::int64_t>& length) = 0;
-  // Advance the state; tokens [rows, width], valid [rows]. Logits [rows, vocab] of the backend's own memory.
+  virtual State read() = 0;
+  // Advance the state, and throw nothing; tokens [rows, width], valid [rows]. Logits [rows, vocab] of the backend's own memory.
   virtual Result<const float*> run(const std::int64_t* tokens, std::int64_t width, const std::int64_t* valid) = 0;
-  virtual Result<State> read() = 0;
   virtual Result<std::unique_ptr<Backend>> twin() = 0;  // same weights, no state
 };
 
@@ -31,6 +31,12 @@ inline std::int64_t count(const std::vector<std::int64_t>& shape) {
   std::int64_t product = 1;
   for (auto size : shape) product *= size;
   return product;
+}
+
+inline std::vector<std::int64_t> shape_of(const TensorInfo& info, std::int64_t rows) {
+  auto shape = info.shape;
+  shape.insert(shape.begin(), rows);
+  return shape;
 }
 
 // `body` with every exception turned into an Error.

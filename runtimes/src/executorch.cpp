@@ -117,11 +117,8 @@ class ExecuTorchBackend final : public Backend {
       add(prefill_, ScalarType::Long, {rows, bundle_.chunk}, tokens_.data());
       add(prefill_, ScalarType::Long, {rows}, valid_.data());
       for (auto* inputs : {&decode_, &prefill_}) {
-        for (std::size_t i = 0; i < state_.size(); ++i) {
-          auto shape = bundle_.state[i].shape;
-          shape.insert(shape.begin(), rows);
-          add(*inputs, ScalarType::Float, std::move(shape), state_[i].data());
-        }
+        for (std::size_t i = 0; i < state_.size(); ++i)
+          add(*inputs, ScalarType::Float, shape_of(bundle_.state[i], rows), state_[i].data());
         add(*inputs, ScalarType::Long, {rows}, length_.data());
       }
       rows_ = rows;
@@ -139,19 +136,15 @@ class ExecuTorchBackend final : public Backend {
     return execute(step ? *program_->decode.method : *program_->prefill.method, step ? decode_ : prefill_);
   }
 
-  Result<State> read() override {
+  State read() override {
     State state;
-    for (std::size_t i = 0; i + 1 < bundle_.state.size(); ++i) {
-      auto shape = bundle_.state[i].shape;
-      shape.insert(shape.begin(), rows_);
-      state.tensors.push_back({bundle_.state[i].name, std::move(shape), state_[i]});
-    }
+    for (std::size_t i = 0; i < state_.size(); ++i)
+      state.tensors.push_back({bundle_.state[i].name, shape_of(bundle_.state[i], rows_), state_[i]});
     state.length = length_;
     return state;
   }
 
   void write(const std::vector<const State::Tensor*>& tensors, const std::vector<std::int64_t>& length) override {
-    clear(static_cast<std::int64_t>(length.size()));
     for (std::size_t i = 0; i < tensors.size(); ++i)
       std::copy(tensors[i]->values.begin(), tensors[i]->values.end(), state_[i].begin());
     std::copy(length.begin(), length.end(), length_.begin());
@@ -205,11 +198,8 @@ Status check_method(const Bundle& bundle, const et::Program& program, const char
     std::vector<std::int64_t> shape;
   };
   std::vector<Wanted> state, inputs, outputs{{ScalarType::Float, {bundle.batch, bundle.vocab}}};
-  for (const auto& tensor : bundle.state) {
-    auto shape = tensor.shape;
-    shape.insert(shape.begin(), bundle.batch);
-    state.push_back({tensor.name == "length" ? ScalarType::Long : ScalarType::Float, std::move(shape)});
-  }
+  for (const auto& tensor : bundle.state)
+    state.push_back({tensor.name == "length" ? ScalarType::Long : ScalarType::Float, shape_of(tensor, bundle.batch)});
   inputs.push_back({ScalarType::Long, {bundle.batch}});
   if (!decode) inputs = {{ScalarType::Long, {bundle.batch, bundle.chunk}}, {ScalarType::Long, {bundle.batch}}};
   inputs.insert(inputs.end(), state.begin(), state.end());

@@ -118,11 +118,8 @@ class InductorBackend final : public Backend {
   void clear(std::int64_t rows) override {
     rows_ = rows;
     state_.clear();
-    for (const auto& tensor : bundle_.state) {
-      auto shape = tensor.shape;
-      shape.insert(shape.begin(), rows);
-      state_.push_back(at::zeros(shape, at::TensorOptions(kStateTypes.at(tensor.dtype))));
-    }
+    for (const auto& tensor : bundle_.state)
+      state_.push_back(at::zeros(shape_of(tensor, rows), at::TensorOptions(kStateTypes.at(tensor.dtype))));
   }
 
   Result<const float*> run(const std::int64_t* tokens, std::int64_t width, const std::int64_t* valid) override {
@@ -145,22 +142,19 @@ class InductorBackend final : public Backend {
     });
   }
 
-  Result<State> read() override {
-    return guarded<State>(Code::runtime, bundle_.path, [&]() -> Result<State> {
-      State state;
-      for (std::size_t i = 0; i + 1 < state_.size(); ++i) {
-        const auto values = state_[i].to(at::kFloat).contiguous();
-        const auto* data = values.const_data_ptr<float>();
-        state.tensors.push_back({bundle_.state[i].name, values.sizes().vec(), {data, data + values.numel()}});
-      }
-      const auto* length = state_.back().const_data_ptr<std::int64_t>();
-      state.length.assign(length, length + rows_);
-      return state;
-    });
+  State read() override {
+    State state;
+    for (std::size_t i = 0; i + 1 < state_.size(); ++i) {
+      const auto values = state_[i].to(at::kFloat).contiguous();
+      const auto* data = values.const_data_ptr<float>();
+      state.tensors.push_back({bundle_.state[i].name, values.sizes().vec(), {data, data + values.numel()}});
+    }
+    const auto* length = state_.back().const_data_ptr<std::int64_t>();
+    state.length.assign(length, length + rows_);
+    return state;
   }
 
   void write(const std::vector<const State::Tensor*>& tensors, const std::vector<std::int64_t>& length) override {
-    clear(static_cast<std::int64_t>(length.size()));
     for (std::size_t i = 0; i < tensors.size(); ++i)
       state_[i].copy_(at::from_blob(const_cast<float*>(tensors[i]->values.data()), tensors[i]->shape, at::kFloat));
     std::copy(length.begin(), length.end(), state_.back().mutable_data_ptr<std::int64_t>());

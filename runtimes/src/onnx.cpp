@@ -69,20 +69,15 @@ class OnnxBackend final : public Backend {
     });
   }
 
-  Result<State> read() override {
+  State read() override {
     State state;
-    for (std::size_t i = 0; i + 1 < bundle_.state.size(); ++i) {
-      const auto& values = sets_[turn_][i];
-      auto shape = bundle_.state[i].shape;
-      shape.insert(shape.begin(), rows_);
-      state.tensors.push_back({bundle_.state[i].name, std::move(shape), values});
-    }
+    for (std::size_t i = 0; i + 1 < bundle_.state.size(); ++i)
+      state.tensors.push_back({bundle_.state[i].name, shape_of(bundle_.state[i], rows_), sets_[turn_][i]});
     state.length = lengths_[turn_];
     return state;
   }
 
   void write(const std::vector<const State::Tensor*>& tensors, const std::vector<std::int64_t>& length) override {
-    clear(static_cast<std::int64_t>(length.size()));
     for (std::size_t i = 0; i < tensors.size(); ++i)
       std::copy(tensors[i]->values.begin(), tensors[i]->values.end(), sets_[0][i].begin());
     lengths_[0] = length;
@@ -105,8 +100,7 @@ class OnnxBackend final : public Backend {
     binding.BindOutput("logits", view(logits_.data(), {rows_, bundle_.vocab}));
     for (std::size_t i = 0; i < bundle_.state.size(); ++i) {
       const auto& info = bundle_.state[i];
-      auto shape = info.shape;
-      shape.insert(shape.begin(), rows_);
+      const auto shape = shape_of(info, rows_);
       for (const bool input : {true, false}) {
         const auto set = input ? turn_ : 1 - turn_;
         auto value = info.dtype == "int64" ? view(lengths_[set].data(), shape) : view(sets_[set][i].data(), shape);

@@ -51,7 +51,7 @@ Result<Logits> Session::run(const std::int64_t* tokens, std::int64_t width, cons
 
 Result<Logits> Session::prefill(const std::vector<std::int64_t>& tokens, std::int64_t rows,
                                 const std::vector<std::int64_t>& valid) {
-  return guarded<Logits>(Code::runtime, "liger", [&]() -> Result<Logits> {
+  return guarded<Logits>(Code::runtime, bundle_.path, [&]() -> Result<Logits> {
     if (auto ok = check(tokens, rows); !ok) return ok.error();
     const auto width = static_cast<std::int64_t>(tokens.size()) / rows;
     if (!valid.empty() && static_cast<std::int64_t>(valid.size()) != rows)
@@ -97,13 +97,13 @@ Result<Logits> Session::step(const std::vector<std::int64_t>& tokens) {
 Result<State> Session::state() {
   if (auto ok = usable(); !ok) return ok.error();
   if (!rows_) return Error{Code::state, "this session has no state yet: prefill it first"};
-  auto state = guarded<State>(Code::runtime, "liger", [&] { return backend_->read(); });
+  auto state = guarded<State>(Code::runtime, bundle_.path, [&] { return backend_->read(); });
   if (state) state->model = bundle_.model;
   return state;
 }
 
 Status Session::load_state(const State& state) {
-  return guarded<Done>(Code::runtime, "liger", [&]() -> Result<Done> {
+  return guarded<Done>(Code::runtime, bundle_.path, [&]() -> Result<Done> {
     if (state.model != bundle_.model)
       return Error{Code::state, "this state belongs to model " + (state.model.empty() ? "unknown" : state.model) +
                                     ", not to " + bundle_.model};
@@ -116,8 +116,7 @@ Status Session::load_state(const State& state) {
     std::vector<const State::Tensor*> tensors;
     for (const auto& info : bundle_.state) {
       if (info.name == "length") continue;
-      std::vector<std::int64_t> shape{rows};
-      shape.insert(shape.end(), info.shape.begin(), info.shape.end());
+      const auto shape = shape_of(info, rows);
       auto found = named.find(info.name);
       const char* odd = ": it belongs to another model or configuration";
       if (found == named.end()) return Error{Code::state, "the state lacks tensor '" + info.name + "'" + odd};
@@ -130,6 +129,7 @@ Status Session::load_state(const State& state) {
     if (state.tensors.size() + 1 != bundle_.state.size())
       return Error{Code::state, "the state has tensors that this model does not know"};
     rows_ = 0;  // until the state is written whole, there is none
+    backend_->clear(rows);
     backend_->write(tensors, state.length);
     rows_ = rows;
     poison_.clear();
@@ -138,7 +138,7 @@ Status Session::load_state(const State& state) {
 }
 
 Result<std::unique_ptr<Session>> Session::fork() {
-  return guarded<std::unique_ptr<Session>>(Code::runtime, "liger", [&]() -> Result<std::unique_ptr<Session>> {
+  return guarded<std::unique_ptr<Session>>(Code::runtime, bundle_.path, [&]() -> Result<std::unique_ptr<Session>> {
     if (auto ok = usable(); !ok) return ok.error();
     auto twin = backend_->twin();
     if (!twin) return twin.error();

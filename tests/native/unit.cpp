@@ -68,7 +68,7 @@ class Toy final : public liger::Backend {
     return logits_.data();
   }
 
-  liger::Result<liger::State> read() override {
+  liger::State read() override {
     liger::State state;
     state.length = length_;
     state.tensors.push_back({"layers.0.recurrent", {static_cast<std::int64_t>(length_.size()), kWidth}, state_});
@@ -76,7 +76,6 @@ class Toy final : public liger::Backend {
   }
 
   void write(const std::vector<const liger::State::Tensor*>& tensors, const std::vector<std::int64_t>& length) override {
-    clear(static_cast<std::int64_t>(length.size()));
     state_ = tensors[0]->values, length_ = length;
   }
 
